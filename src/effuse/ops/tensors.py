@@ -1,0 +1,48 @@
+"""Broadcasting, seeded noise and the check for finite values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def expand_as(a: Tensor | float, like: Tensor) -> Tensor:
+    """Return `a` shaped to broadcast over the batch of `like`.
+
+    Args:
+        a: () one value for all, or (B,) one per row.
+        like: (B, *) the tensor it will meet.
+
+    Returns:
+        () in the dtype of `a`, or (B, 1, ..., 1) in the dtype of `like`; on the device of `like`.
+        Either way a product with `like` keeps the dtype of `like`.
+
+    Raises:
+        ValueError: `a` is neither a scalar nor one value per row.
+    """
+    a = torch.as_tensor(a, device=like.device)
+    if a.ndim == 0:
+        return a
+    if a.ndim != 1 or a.shape[0] not in (1, like.shape[0]):
+        raise ValueError(
+            f"a coefficient of shape {tuple(a.shape)} does not fit a sample of shape "
+            f"{tuple(like.shape)}: expected () or ({like.shape[0]},)"
+        )
+    return a.to(like.dtype).reshape(-1, *([1] * (like.ndim - 1)))
+
+
+def randn_like(x: Tensor, rng: torch.Generator | None = None) -> Tensor:
+    """Draw standard normal noise of the shape, dtype and device of `x` from `rng`.
+
+    A generator on another device than `x` draws there and the noise is moved, so a CPU seed gives
+    the same picture on every device.
+    """
+    device = x.device if rng is None else rng.device
+    return torch.randn(x.shape, generator=rng, dtype=x.dtype, device=device).to(x.device)
+
+
+def require_finite(x: Tensor, what: str) -> None:
+    """Raise `FloatingPointError` naming `what` if `x` holds a NaN or an infinity."""
+    if not torch.isfinite(x).all():
+        bad = int((~torch.isfinite(x)).sum())
+        raise FloatingPointError(f"{what}: {bad} of {x.numel()} values are not finite")

@@ -1,0 +1,36 @@
+"""What spoils data, and at which levels to look at it: processes and time grids."""
+
+from .flow import Flow
+from .grids import (
+    Beta,
+    Grid,
+    Karras,
+    Leading,
+    Levels,
+    Linspace,
+    Trailing,
+    Uniform,
+    UniformLogSNR,
+)
+from .sub_vp import SubVP
+from .tabulated import Tabulated
+from .ve import VE
+from .vp import Cosine, Linear
+
+__all__ = [
+    "VE",
+    "Beta",
+    "Cosine",
+    "Flow",
+    "Grid",
+    "Karras",
+    "Leading",
+    "Levels",
+    "Linear",
+    "Linspace",
+    "SubVP",
+    "Tabulated",
+    "Trailing",
+    "Uniform",
+    "UniformLogSNR",
+]
