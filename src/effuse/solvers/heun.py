@@ -38,6 +38,8 @@ class Heun(Solver):
         """See `Solver.step`."""
         process, pred = denoiser.process, denoiser(x, t)
         guess = process.advance(x, t, s, pred)
-        if not process.sigma(s).any():
+        noisy = process.sigma(s) > 0
+        if not noisy.any():
             return Step(guess)
-        return Step(process.advance(x, t, s, pred.mix(denoiser(guess, s), 0.5)))
+        half = 0.5 * noisy.to(x.dtype)  # a row that ends in clean data keeps its Euler step
+        return Step(process.advance(x, t, s, pred.mix(denoiser(guess, s), half)))

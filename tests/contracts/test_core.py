@@ -1,0 +1,365 @@
+"""The exact denoisers, the sampling loop, Prediction, Operator and the training loop."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from effuse.core import (
+    Empirical,
+    Gaussian,
+    Loss,
+    Mixture,
+    Objective,
+    Operator,
+    Prediction,
+    fit,
+    sample,
+)
+from effuse.core.training import Ema, warmup_cosine
+from effuse.processes import (
+    VE,
+    Beta,
+    Cosine,
+    Flow,
+    Karras,
+    Leading,
+    Levels,
+    Linear,
+    Linspace,
+    Tabulated,
+    Trailing,
+    Uniform,
+    UniformLogSNR,
+)
+from effuse.solvers import DDIM, Heun
+
+
+def rand(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+class TestExact:
+    means = torch.tensor([[1.0, 0.0], [-1.0, 0.5], [0.0, -2.0]], dtype=torch.float64)
+
+    @pytest.mark.parametrize("t", [0.05, 0.5, 1.0])
+    def test_one_component_is_the_gaussian(self, t):
+        x = rand(6, 2)
+        a = Mixture(Linear(), self.means[:1], 0.3)(x, t)
+        b = Gaussian(Linear(), self.means[0], 0.3)(x, t)
+        torch.testing.assert_close(a.x0, b.x0)
+        torch.testing.assert_close(a.noise, b.noise)
+
+    @pytest.mark.parametrize("t", [0.05, 0.5, 1.0])
+    def test_score_is_the_gradient_of_log_prob(self, t):
+        model = Mixture(Linear(), self.means, torch.tensor([0.2, 0.5, 0.1]), torch.tensor([1.0, 2, 3]))
+        x = rand(6, 2).requires_grad_()
+        (grad,) = torch.autograd.grad(model.log_prob(x, t).sum(), x)
+        torch.testing.assert_close(model.score(x.detach(), t), grad)
+
+    def test_density_integrates_to_one(self):
+        model = Mixture(Linear(), self.means, 0.3)
+        line = torch.linspace(-8, 8, 321, dtype=torch.float64)
+        grid = torch.cartesian_prod(line, line)
+        mass = model.log_prob(grid, 0.3).exp().sum() * (line[1] - line[0]) ** 2
+        assert abs(mass.item() - 1) < 1e-6
+
+    @pytest.mark.parametrize("std", [0.0, 0.3])
+    def test_prediction_is_consistent(self, std):
+        model, x = Mixture(Cosine(), self.means, std), rand(6, 2)
+        for t in (1e-3, 0.5, 1.0):
+            p = model(x, t)
+            torch.testing.assert_close(Cosine().corrupt(p.x0, t, p.noise), x, atol=1e-9, rtol=1e-9)
+
+    def test_labels(self):
+        model = Mixture(Linear(), self.means, 0.3, labels=torch.tensor([0, 0, 1]))
+        x = rand(4, 2)
+        only = Mixture(Linear(), self.means[2:], 0.3)(x, 0.4)
+        torch.testing.assert_close(model(x, 0.4, label=1).x0, only.x0)
+        mixed = model(x, 0.4, label=torch.tensor([1, -1, 1, -1])).x0
+        torch.testing.assert_close(mixed[::2], only.x0[::2])
+        torch.testing.assert_close(mixed[1::2], model(x, 0.4).x0[1::2])
+        own = Mixture(Linear(), self.means[:2], 0.3).log_prob(x, 0.4)
+        torch.testing.assert_close(model.log_prob(x, 0.4, label=0), own)
+        with pytest.raises(ValueError, match="no component"):
+            model(x, 0.4, label=7)
+
+    def test_empirical_walks_to_a_data_point(self):
+        points = rand(5, 2, seed=3)
+        model = Empirical(Flow(), points)
+        out = sample(model, DDIM(), rand(40, 2), Uniform()(Flow(), 50))
+        assert torch.cdist(out, points).min(1).values.max() < 1e-6
+
+    def test_picture_shapes_and_batched_levels(self):
+        model = Mixture(Cosine(), rand(3, 2, 4, 4), 0.2)
+        x, t = rand(2, 2, 4, 4, seed=1), torch.tensor([0.2, 0.9])
+        both = model(x, t).x0
+        torch.testing.assert_close(both[1:], model(x[1:], 0.9).x0, rtol=1e-6, atol=1e-6)
+
+    def test_draw(self):
+        model = Mixture(Linear(), self.means, 0.1, weights=torch.tensor([0.7, 0.2, 0.1]))
+        x = model.draw(20_000, rng=torch.Generator().manual_seed(0))
+        expected = (torch.tensor([0.7, 0.2, 0.1])[:, None] * self.means).sum(0)
+        torch.testing.assert_close(x.mean(0), expected, atol=0.03, rtol=0)
+
+    def test_given_binds_and_later_wins(self):
+        model = Mixture(Linear(), self.means, 0.3)
+        x = rand(2, 2)
+        bound = model.given(label=1)
+        assert torch.equal(bound(x, 0.5).x0, model(x, 0.5, label=1).x0)
+        assert torch.equal(bound(x, 0.5, label=2).x0, model(x, 0.5, label=2).x0)
+
+
+def test_mix_is_guidance():
+    a, b = (Prediction(rand(2, 3, seed=i), rand(2, 3, seed=9 + i)) for i in (0, 1))
+    out = a.mix(b, 3.0)
+    torch.testing.assert_close(out.x0, a.x0 + 3 * (b.x0 - a.x0))
+    assert torch.equal(a.mix(b, 0.0).noise, a.noise)
+    rows = a.mix(b, torch.tensor([0.0, 1.0]))
+    torch.testing.assert_close(rows.x0, torch.stack([a.x0[0], b.x0[1]]))
+
+
+class TestSample:
+    model = Gaussian(Cosine(), 0.0, 1.0)
+
+    @pytest.mark.parametrize(
+        ("times", "words"),
+        [
+            (torch.tensor([1.0]), "two or more"),
+            (torch.tensor([1, 0]), "floating-point"),
+            (torch.tensor([1.5, 0.0]), r"\[0, 1\]"),
+            (torch.tensor([1.0, 0.2, 0.6]), "one direction"),
+            (torch.tensor([float("nan"), 0.2]), r"\[0, 1\]"),
+        ],
+    )
+    def test_bad_times(self, times, words):
+        with pytest.raises(ValueError, match=words):
+            sample(self.model, DDIM(), rand(2, 2), times)
+
+    def test_non_finite_names_the_step(self):
+        class Broken(Gaussian):
+            def forward(self, x, t, **cond):
+                out = super().forward(x, t)
+                return out._replace(x0=out.x0 / 0) if t < 0.6 else out
+
+        with pytest.raises(FloatingPointError, match="step 2 of DDIM"):
+            sample(Broken(Cosine()), DDIM(), rand(2, 2), Uniform()(Cosine(), 4))
+
+    def test_on_step_may_replace(self):
+        seen = []
+
+        def hook(index, s, step):
+            seen.append((index, float(s)))
+            return step.x.clamp(-0.1, 0.1)
+
+        out = sample(self.model, DDIM(), rand(8, 2), Uniform()(Cosine(), 4), on_step=hook)
+        assert [i for i, _ in seen] == [0, 1, 2, 3]
+        assert seen[-1][1] == 0
+        assert out.abs().max() <= 0.1
+
+    def test_inversion_comes_back(self):
+        model = Mixture(Cosine(), torch.tensor([[1.0, 0.0], [-1.0, 0.5]]), 0.4)
+        x, times = rand(8, 2), Uniform(0.95, 0.02)(Cosine(), 400)
+        down = sample(model, Heun(), x, times)
+        torch.testing.assert_close(sample(model, Heun(), down, times.flip(0)), x, atol=2e-3, rtol=0)
+
+
+def table(n=1000):
+    beta = torch.linspace(1e-4, 0.02, n, dtype=torch.float64)
+    return Tabulated.from_alphas_cumprod((1 - beta).cumprod(0))
+
+
+class TestGrids:
+    @pytest.mark.parametrize("grid", [Uniform(), UniformLogSNR(), Karras(), Beta()])
+    @pytest.mark.parametrize("process", [Linear(), VE(), table()])
+    @pytest.mark.parametrize("steps", [1, 2, 7])
+    def test_fall_to_clean(self, grid, process, steps):
+        times = grid(process, steps)
+        assert times.shape == (steps + 1,)
+        assert times.dtype == torch.float64
+        assert (times.diff() < 0).all()
+        assert times[-1] == 0
+
+    def test_log_snr_steps_are_even(self):
+        snr = Linear().logsnr(UniformLogSNR(0.9, 0.1)(Linear(), 9)[:-1])
+        torch.testing.assert_close(snr.diff(), snr.diff()[:1].expand(8), rtol=1e-6, atol=0)
+
+    def test_karras_formula(self):
+        times = Karras(rho=7, start=1.0, end=0.01)(VE(), 6)
+        sigma = VE().sigma(times[:-1])
+        low, high = sigma[-1] ** (1 / 7), sigma[0] ** (1 / 7)
+        expected = (high + torch.linspace(0, 1, 6, dtype=torch.float64) * (low - high)) ** 7
+        torch.testing.assert_close(sigma, expected, rtol=1e-6, atol=0)
+        assert abs(float(times[-2]) - 0.01) < 1e-9
+
+    @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+    @pytest.mark.parametrize("steps", [3, 7, 10, 50])
+    def test_spacings_are_those_of_diffusers(self, spacing, steps):
+        from diffusers import DDIMScheduler
+
+        theirs = DDIMScheduler(timestep_spacing=spacing, steps_offset=1 if spacing == "leading" else 0)
+        theirs.set_timesteps(steps)
+        grid = {"trailing": Trailing(), "leading": Leading(1), "linspace": Linspace()}[spacing]
+        process = table()
+        index = process.index_at(grid(process, steps)[:-1]).round().long()
+        assert index.tolist() == theirs.timesteps.tolist()
+
+    def test_last(self):
+        process = table(100)
+        assert Leading(last="clean")(process, 10)[-1] == 0
+        assert Leading(last="first")(process, 10)[-1] == 0.01
+
+    def test_bad(self):
+        with pytest.raises(ValueError, match="positive integer"):
+            Uniform()(Linear(), 0)
+        with pytest.raises(ValueError, match="table entries"):
+            Trailing()(Linear(), 4)
+        with pytest.raises(ValueError, match="only 10"):
+            Trailing()(table(10), 11)
+        with pytest.raises(ValueError, match="expected 4"):
+            Levels((1.0, 0.0))(Linear(), 3)
+        with pytest.raises(ValueError, match="infinite"):
+            UniformLogSNR(start=1.0)(Cosine(), 4)
+
+
+class Half(Operator):
+    """Mean of neighbours."""
+
+    def forward(self, x):
+        return (x[:, ::2] + x[:, 1::2]) / 2
+
+
+def test_operator_adjoint_by_default():
+    a, x, y = Half(), rand(3, 8), rand(3, 4, seed=1)
+    torch.testing.assert_close((a(x) * y).sum(), (x * a.adjoint(y, x)).sum())
+    with pytest.raises(NotImplementedError, match="pseudo-inverse"):
+        a.pinv(y)
+
+
+class Regression(Objective):
+    """Two players: one fits a line, the other fits the first one's answer."""
+
+    players = ("student", "critic")
+
+    def __init__(self, broken_at=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.student = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Dropout(0.1), nn.Linear(8, 1))
+        self.critic = nn.Linear(3, 1)
+        self.broken_at, self.count = broken_at, 0
+
+    def loss(self, player, batch, *, rng=None):
+        self.count += player == "student"
+        guess = self.student(batch["x"])
+        if player == "student":
+            term = (guess - batch["y"]).square().mean()
+            if self.count == self.broken_at:
+                term = term * float("nan")
+        else:
+            term = (self.critic(batch["x"]) - guess).square().mean()
+        return Loss(term, {"square": term})
+
+
+def batches(rng):
+    x = torch.randn(16, 3, generator=rng)
+    return {"x": x, "y": x.sum(1, keepdim=True)}
+
+
+def run(folder=None, *, steps=60, stop=None, broken_at=None, data=batches):
+    objective = Regression(broken_at)
+    torch.manual_seed(1)
+    optimizers = {p: torch.optim.AdamW(objective.parameters_of(p), 1e-2) for p in objective.players}
+    done = fit(
+        objective,
+        data,
+        optimizers,
+        steps=steps,
+        rng=torch.Generator().manual_seed(2),
+        schedule=warmup_cosine(0.1),
+        ema=0.9,
+        folder=folder,
+        save_every=25,
+        log_every=10,
+        progress=False,
+        on_step=(lambda i, losses: i == stop) if stop else None,
+    )
+    return objective, done
+
+
+class TestFit:
+    def test_learns(self):
+        _, done = run(steps=200)
+        assert done.history[-1]["student.loss"] < 0.3 * done.history[0]["student.loss"]
+
+    def test_resume_is_exact(self, tmp_path):
+        whole, a = run(tmp_path / "a")
+        run(tmp_path / "b", stop=33)
+        torch.manual_seed(77)
+        resumed, b = run(tmp_path / "b")
+        assert b.step == 60
+        for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
+            assert torch.equal(p, q)
+        for p, q in zip(a.ema.shadow, b.ema.shadow, strict=True):
+            assert torch.equal(p, q)
+        rows = [json.loads(r) for r in (tmp_path / "b/log.jsonl").read_text().splitlines()]
+        assert [r["step"] for r in rows] == [10, 20, 30, 40, 50, 60]
+
+    def test_resume_with_a_list_skips_what_was_seen(self, tmp_path):
+        rng = torch.Generator().manual_seed(5)
+        data = [batches(rng) for _ in range(7)]
+        whole, _ = run(data=data)
+        run(tmp_path, data=data, stop=20)
+        resumed, _ = run(tmp_path, data=data)
+        for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+    def test_non_finite_loss_names_step_player_term(self, tmp_path):
+        with pytest.raises(FloatingPointError, match="step 31, player 'student', term 'square'"):
+            run(tmp_path, broken_at=31)
+        assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 25
+
+    def test_players_keep_to_themselves(self):
+        """The critic's loss leaves a gradient on the student; it must not be used or clipped."""
+        objective = Regression()
+        before = [p.detach().clone() for p in objective.student.parameters()]
+        optimizers = {
+            "student": torch.optim.SGD(objective.parameters_of("student"), 0.0),
+            "critic": torch.optim.SGD(objective.parameters_of("critic"), 0.1),
+        }
+        fit(objective, batches, optimizers, steps=3, progress=False)
+        for p, q in zip(objective.student.parameters(), before, strict=True):
+            assert torch.equal(p, q)
+            assert p.grad is None
+
+    def test_checkpoint_of_another_model(self, tmp_path):
+        run(tmp_path, steps=5)
+        other = Regression()
+        other.critic = nn.Linear(3, 2)
+        opts = {p: torch.optim.SGD(other.parameters_of(p), 0.1) for p in other.players}
+        with pytest.raises(ValueError, match="another model"):
+            fit(other, batches, opts, steps=5, folder=tmp_path, progress=False)
+
+    def test_bad_optimizers(self):
+        objective = Regression()
+        with pytest.raises(ValueError, match="expected one for each"):
+            fit(objective, batches, torch.optim.SGD(objective.parameters(), 0.1), steps=1)
+
+    def test_empty_batches(self):
+        objective = Regression()
+        opts = {p: torch.optim.SGD(objective.parameters_of(p), 0.1) for p in objective.players}
+        with pytest.raises(ValueError, match="gave nothing"):
+            fit(objective, [], opts, steps=1, progress=False)
+
+    def test_ema_formula(self):
+        p = nn.Parameter(torch.zeros(2))
+        ema = Ema([p], 0.5)
+        with torch.no_grad():
+            p.fill_(1.0)
+        ema.update()  # decay min(0.5, 1/10)
+        torch.testing.assert_close(ema.shadow[0], torch.full((2,), 0.9))
+        with ema.applied():
+            torch.testing.assert_close(p.data, torch.full((2,), 0.9))
+        assert torch.equal(p.data, torch.ones(2))

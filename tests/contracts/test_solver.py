@@ -1,0 +1,155 @@
+"""Every solver card, on exact Gaussian data in float64, from t = 1 to 0."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from effuse.core import Gaussian, Mixture, Solver, methods, sample
+from effuse.processes import VE, Cosine, Flow, Linear, SubVP, Tabulated, Uniform
+
+SOLVERS = {
+    f"{card.name}-{cls.__name__}": made
+    for card in methods().values()
+    for made, cls in zip(card.examples, card.classes, strict=True)
+    if issubclass(cls, Solver)
+}
+
+
+@pytest.fixture(params=SOLVERS, ids=str)
+def solver(request) -> Solver:
+    return SOLVERS[request.param]()
+
+
+def table() -> Tabulated:
+    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return Tabulated.from_alphas_cumprod((1 - beta).cumprod(0))
+
+
+PROCESSES = {
+    "linear": Linear(),
+    "cosine": Cosine(),
+    "ve": VE(),
+    "sub_vp": SubVP(),
+    "flow": Flow(),
+    "table": table(),
+}
+
+
+def even(process, steps: int) -> torch.Tensor:
+    """Return levels from 1 to 0 along which sigma starts linearly, as order theory wants it."""
+    t = Uniform()(process, steps)
+    return t if isinstance(process, (Flow, Cosine, SubVP)) else t**2
+
+
+@pytest.mark.parametrize("name", ["cosine", "flow", "linear", "ve"])
+def test_order(solver, name):
+    """The declared order, from t = 1 to 0: halving the steps divides the error by 2^order."""
+    if solver.stochastic:
+        pytest.skip("stochastic: see test_moments")
+    process = PROCESSES[name]
+    model = Gaussian(process, 0.4, 0.6)
+    x = process.prior((64, 2), dtype=torch.float64, rng=torch.Generator().manual_seed(0))
+    truth = model.transport(x, 1.0, 0.0)
+    counts = [64, 128, 256, 512, 1024]
+    errors = [
+        (sample(model, solver, x, even(process, n)) - truth).abs().max().item() for n in counts
+    ]
+    slope = math.log2(errors[1] / errors[-1]) / math.log2(counts[-1] / counts[1])
+    # Multistep in log SNR loses a logarithm where the log SNR is infinite at an end.
+    assert slope > solver.order - 0.3, (errors, slope)
+
+
+def test_moments(solver):
+    """A stochastic solver ends in the data law: mean and deviation, from t = 1 to 0."""
+    if not solver.stochastic:
+        pytest.skip("deterministic: see test_order")
+    mean, std, count = 0.4, 0.6, 40_000
+    model = Gaussian(Cosine(), mean, std)
+    gaps = []
+    for steps in (16, 64):
+        rng = torch.Generator().manual_seed(1)
+        x = Cosine().prior((count, 1), dtype=torch.float64, rng=rng)
+        out = sample(model, solver, x, Uniform()(Cosine(), steps), rng=rng)
+        gaps.append((abs(out.mean().item() - mean), abs(out.std().item() / std - 1)))
+    noise = 4 / math.sqrt(count)
+    assert gaps[1][0] < noise * std + 0.01
+    assert gaps[1][1] < noise + 0.03
+    assert gaps[1][1] < gaps[0][1] + noise
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_finite_from_one_to_zero(solver, name):
+    process = PROCESSES[name]
+    model = Mixture(process, torch.tensor([[1.0, 0.0], [-1.0, 0.5]]), 0.1)
+    rng = torch.Generator().manual_seed(0)
+    x = process.prior((16, 2), dtype=torch.float64, rng=rng)
+    for steps in (1, 2, 5):
+        out = sample(model, solver, x, Uniform()(process, steps), rng=rng)
+        assert out.isfinite().all()
+        assert out.shape == x.shape
+
+
+def test_identity_from_t_to_t(solver):
+    model = Gaussian(Cosine(), 0.4, 0.6)
+    x = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    out = solver.step(model, x, 0.5, 0.5, solver.init(x), rng=torch.Generator()).x
+    torch.testing.assert_close(out, x, rtol=1e-12, atol=1e-12)
+
+
+def test_batched_times_equal_single_ones(solver):
+    if solver.stochastic:
+        pytest.skip("noise is drawn for the whole batch")
+    model = Gaussian(Cosine(), 0.4, 0.6)
+    x = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    grid = torch.tensor([[0.9, 0.6, 0.2], [0.7, 0.5, 0.1], [0.4, 0.3, 0.0]], dtype=torch.float64)
+
+    def walk(x, rows):
+        state = solver.init(x)
+        for t, s in zip(grid[:-1], grid[1:], strict=True):
+            x, state = solver.step(model, x, t[rows], s[rows], state)
+        return x
+
+    many = walk(x, torch.arange(3))
+    for i in range(3):
+        torch.testing.assert_close(many[i : i + 1], walk(x[i : i + 1], torch.tensor([i])))
+
+
+def test_same_rng_same_sample(solver):
+    model = Gaussian(Flow(), 0.4, 0.6)
+    x = Flow().prior((8, 2), rng=torch.Generator().manual_seed(0))
+    a, b, c = (
+        sample(model, solver, x, Uniform()(Flow(), 4), rng=torch.Generator().manual_seed(k))
+        for k in (1, 1, 2)
+    )
+    assert torch.equal(a, b)
+    assert torch.equal(a, c) is not solver.stochastic
+    assert a.dtype == torch.float32
+
+
+def test_state_is_a_value(solver):
+    """A step does not change the state it was given: it can be taken again."""
+    model = Gaussian(Cosine(), 0.4, 0.6)
+    x = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    state = solver.init(x)
+    for t, s in ((0.9, 0.7), (0.7, 0.5), (0.5, 0.4)):
+        first = solver.step(model, x, t, s, state, rng=torch.Generator().manual_seed(5))
+        again = solver.step(model, x, t, s, state, rng=torch.Generator().manual_seed(5))
+        assert torch.equal(first.x, again.x)
+        x, state = first
+
+
+def test_calls_a_step(solver):
+    calls = []
+
+    class Counted(Gaussian):
+        def forward(self, x, t, **cond):
+            calls.append(t)
+            return super().forward(x, t)
+
+    model = Counted(Cosine(), 0.0, 1.0)
+    x = torch.randn(2, 2, dtype=torch.float64)
+    sample(model, solver, x, torch.tensor([0.9, 0.6, 0.3]), rng=torch.Generator())
+    assert len(calls) == 2 * solver.evals
