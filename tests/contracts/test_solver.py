@@ -18,8 +18,22 @@ SOLVERS = {
 }
 
 
+FIXED = [name for name, made in SOLVERS.items() if not made().stochastic]
+RANDOM = [name for name in SOLVERS if name not in FIXED]
+
+
 @pytest.fixture(params=SOLVERS, ids=str)
 def solver(request) -> Solver:
+    return SOLVERS[request.param]()
+
+
+@pytest.fixture(params=FIXED, ids=str)
+def fixed(request) -> Solver:
+    return SOLVERS[request.param]()
+
+
+@pytest.fixture(params=RANDOM, ids=str)
+def random(request) -> Solver:
     return SOLVERS[request.param]()
 
 
@@ -45,10 +59,9 @@ def even(process, steps: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["cosine", "flow", "linear", "ve"])
-def test_order(solver, name):
+def test_order(fixed, name):
     """The declared order, from t = 1 to 0: halving the steps divides the error by 2^order."""
-    if solver.stochastic:
-        pytest.skip("stochastic: see test_moments")
+    solver = fixed
     process = PROCESSES[name]
     model = Gaussian(process, 0.4, 0.6)
     x = process.prior((64, 2), dtype=torch.float64, rng=torch.Generator().manual_seed(0))
@@ -62,10 +75,9 @@ def test_order(solver, name):
     assert slope > solver.order - 0.3, (errors, slope)
 
 
-def test_moments(solver):
+def test_moments(random):
     """A stochastic solver ends in the data law: mean and deviation, from t = 1 to 0."""
-    if not solver.stochastic:
-        pytest.skip("deterministic: see test_order")
+    solver = random
     mean, std, count = 0.4, 0.6, 40_000
     model = Gaussian(Cosine(), mean, std)
     gaps = []
@@ -99,9 +111,8 @@ def test_identity_from_t_to_t(solver):
     torch.testing.assert_close(out, x, rtol=1e-12, atol=1e-12)
 
 
-def test_batched_times_equal_single_ones(solver):
-    if solver.stochastic:
-        pytest.skip("noise is drawn for the whole batch")
+def test_batched_times_equal_single_ones(fixed):
+    solver = fixed
     model = Gaussian(Cosine(), 0.4, 0.6)
     x = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     grid = torch.tensor([[0.9, 0.6, 0.2], [0.7, 0.5, 0.1], [0.4, 0.3, 0.0]], dtype=torch.float64)

@@ -1,0 +1,234 @@
+"""The commands: slim, sample, compare, train, methods, prove."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    name="effuse",
+    help="Make a diffusion pipeline small, fast and controllable. Lighter gases effuse faster.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console()
+
+Pipeline = Annotated[str, typer.Argument(help="house:NAME, a diffusers folder, or a hub id")]
+
+
+@app.command()
+def slim(
+    pipeline: Pipeline,
+    recipe: Annotated[Path, typer.Option(help="YAML file: methods in order")],
+    out: Annotated[Path, typer.Option(help="folder for the slimmed pipeline and its report")],
+    pictures: Annotated[int, typer.Option(help="pictures for the quality figures")] = 48,
+    steps: Annotated[int | None, typer.Option(help="sampling steps of the original")] = None,
+    seed: Annotated[int, typer.Option(help="first seed of the pictures")] = 0,
+    report: Annotated[bool, typer.Option(help="measure before and after")] = True,
+) -> None:
+    """Apply a recipe, save the pipeline, measure before and after, write the report page.
+
+    What is measured as "after" is the saved folder, loaded again.
+    """
+    from effuse.recipe import call_settings, load, parse
+    from effuse.recipe import slim as apply
+
+    plan = parse(recipe)
+    pipe = load(pipeline)
+    names = " -> ".join(next(iter(i)) for i in plan.to_dict()["methods"])
+    console.print(f"[bold]{pipeline}[/]: {names}")
+    result = apply(pipe, plan)
+    for row in result.reports():
+        console.print(_short(row))
+    folder = result.save(out / "pipeline")
+    console.print(f"saved [bold]{folder}[/]")
+    if report:
+        from effuse.report import Entry, compare
+
+        settings = call_settings(plan)
+        entries = {
+            "before": Entry(result.before, steps=steps, folder=_folder(pipeline)),
+            "after": Entry(
+                load(folder),
+                steps=settings.get("num_inference_steps", steps),
+                guidance=settings.get("guidance_scale"),
+                folder=folder,
+            ),
+        }
+        page = compare(
+            entries,
+            out=out / "report",
+            pictures=pictures,
+            seed=seed,
+            recipe=plan.to_yaml(),
+            command=f"effuse slim {pipeline} --recipe {recipe.name} --out {out.name}",
+        )
+        _table(page)
+        console.print(f"report [bold]{page.path}[/]")
+
+
+@app.command()
+def sample(
+    pipeline: Pipeline,
+    prompt: Annotated[list[str] | None, typer.Argument(help="prompts or class names")] = None,
+    solver: Annotated[str | None, typer.Option(help="a solver's name: effuse methods")] = None,
+    steps: Annotated[int, typer.Option(help="sampling steps")] = 25,
+    guidance: Annotated[float | None, typer.Option(help="guidance scale")] = None,
+    count: Annotated[int, typer.Option(help="pictures a prompt")] = 4,
+    seed: Annotated[int, typer.Option(help="seed of the first picture")] = 0,
+    out: Annotated[Path, typer.Option(help="PNG file")] = Path("grid.png"),
+) -> None:
+    """Sample pictures into one PNG, a row a prompt."""
+    from effuse.recipe import load
+    from effuse.report import draw, save_grid
+
+    pipe = load(pipeline)
+    if solver is not None:
+        from effuse.bridge.scheduler import scheduler
+
+        pipe.register_modules(scheduler=scheduler(solver, pipe.scheduler))
+    pictures = draw(pipe, prompt, count=count, steps=steps, guidance=guidance, seed=seed)
+    save_grid(pictures, out, columns=count)
+    console.print(f"{len(pictures)} pictures in [bold]{out}[/]")
+
+
+@app.command()
+def compare(
+    pipelines: Annotated[list[str], typer.Argument(help="two or more pipelines; the first is 'before'")],
+    out: Annotated[Path, typer.Option(help="folder of the page")] = Path("report"),
+    pictures: Annotated[int, typer.Option(help="pictures for the quality figures")] = 48,
+    steps: Annotated[int | None, typer.Option(help="steps where a folder has no recipe")] = None,
+    seed: Annotated[int, typer.Option(help="first seed")] = 0,
+) -> None:
+    """Compare pipelines: same prompts, same seeds, one machine, one page."""
+    from effuse.recipe import call_settings, load, parse
+    from effuse.report import Entry
+    from effuse.report import compare as page
+
+    if len(pipelines) < 2:
+        raise ValueError("one pipeline: expected two or more to compare")
+    entries = {}
+    for name in pipelines:
+        file = Path(name) / "recipe.yaml"
+        settings = call_settings(parse(file)) if file.is_file() else {}
+        entries[name] = Entry(
+            load(name),
+            steps=settings.get("num_inference_steps", steps),
+            guidance=settings.get("guidance_scale"),
+            folder=_folder(name),
+        )
+    command = f"effuse compare {' '.join(pipelines)}"
+    result = page(entries, out=out, pictures=pictures, seed=seed, command=command)
+    _table(result)
+    console.print(f"report [bold]{result.path}[/]")
+
+
+@app.command()
+def train(
+    name: Annotated[str, typer.Argument(help="house:NAME")],
+    out: Annotated[Path | None, typer.Option(help="folder for checkpoints and weights")] = None,
+    minutes: Annotated[float | None, typer.Option(help="stop after so long")] = None,
+    steps: Annotated[int | None, typer.Option(help="training steps")] = None,
+    seed: Annotated[int, typer.Option(help="of data order, noise and initial weights")] = 0,
+) -> None:
+    """Train a house pipeline from the real pictures; resumes where it was stopped."""
+    from effuse import house
+
+    if not name.startswith("house:"):
+        raise ValueError(f"{name!r}: expected house:NAME, one of {', '.join(house.names())}")
+    house.train(name.removeprefix("house:"), out=out, minutes=minutes, steps=steps, seed=seed)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="one method in full")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+) -> None:
+    """List the methods, or show one: what it is, paper, what it buys, evidence."""
+    from effuse.core.method import methods as cards
+    from effuse.docs import evidence_of, facts
+
+    known = cards()
+    if name is None:
+        if as_json:
+            console.print_json(json.dumps([facts(c) for c in known.values()]))
+            return
+        table = Table("method", "family", "what it is", "evidence", box=None, header_style="bold")
+        for card in known.values():
+            table.add_row(card.name, card.family, card.summary, evidence_of(card.name))
+        console.print(table)
+        return
+    if name not in known:
+        from effuse.recipe import _nearest
+
+        raise ValueError(f"no method {name!r}{_nearest(name, known)}")
+    card = known[name]
+    if as_json:
+        console.print_json(json.dumps(facts(card)))
+        return
+    for key, value in facts(card).items():
+        if value:
+            console.print(f"[bold]{key}[/]: {value}", highlight=False)
+    for cls in card.classes:
+        console.rule(cls.__name__)
+        console.print(cls.__doc__, markup=False, highlight=False)
+
+
+@app.command()
+def prove(
+    name: Annotated[str | None, typer.Argument(help="a method with a proof")] = None,
+    size: Annotated[str, typer.Option(help="smoke, small or proof")] = "small",
+    everything: Annotated[bool, typer.Option("--all", help="every proof")] = False,
+    out: Annotated[Path, typer.Option(help="folder of NAME.json")] = Path("evidence"),
+) -> None:
+    """Run a method's claim against its baseline, here and now, and write the evidence."""
+    from effuse import proofs
+
+    if (name is None) == (not everything):
+        raise ValueError("expected one method's name, or --all")
+    for one in proofs.names() if everything else [name]:
+        evidence = proofs.prove(one, size=size, out=out)
+        console.print(evidence.summary())
+
+
+def _folder(name: str) -> Path | None:
+    return Path(name) if Path(name).is_dir() else None
+
+
+def _short(row: dict[str, Any]) -> str:
+    parts = [
+        f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+        for k, v in row.items()
+        if isinstance(v, (int, float, str)) and k not in ("method", "component")
+    ]
+    return f"  [bold]{row['method']}[/]: {', '.join(parts)}"
+
+
+def _table(page: Any) -> None:
+    table = Table(*page.header(), box=None, header_style="bold")
+    for row in page.rows():
+        table.add_row(*row)
+    console.print(table)
+
+
+def main(run: Callable[[], None] = app) -> None:
+    """Run the command line; an error a user can mend is one line, not a traceback."""
+    try:
+        run()
+    except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
+        if "--debug" in sys.argv:
+            raise
+        Console(stderr=True).print(f"[bold red]error[/]: {error}", highlight=False)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()
