@@ -16,7 +16,7 @@ BLOCK = re.compile(r"(<!-- no-run -->\n+)?^```python\n(.*?)^```$", re.MULTILINE 
 
 
 def blocks(page: Path):
-    """Yield (code, runs) for each Python block, moved down so that its lines count as the page's."""
+    """Yield (code, runs) for each Python block; its line numbers are those of the page."""
     text = page.read_text()
     for found in BLOCK.finditer(text):
         above = text.count("\n", 0, found.start(2))
