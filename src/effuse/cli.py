@@ -102,7 +102,9 @@ def sample(
 
 @app.command()
 def compare(
-    pipelines: Annotated[list[str], typer.Argument(help="two or more pipelines; the first is 'before'")],
+    pipelines: Annotated[
+        list[str], typer.Argument(help="two or more pipelines; the first is 'before'")
+    ],
     out: Annotated[Path, typer.Option(help="folder of the page")] = Path("report"),
     pictures: Annotated[int, typer.Option(help="pictures for the quality figures")] = 48,
     steps: Annotated[int | None, typer.Option(help="steps where a folder has no recipe")] = None,

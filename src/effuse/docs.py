@@ -1,4 +1,4 @@
-"""METHODS.md and README's table, generated from the cards and the evidence, so they cannot go stale.
+"""METHODS.md and README's table, generated from the cards and the evidence.
 
 `python -m effuse.docs` writes them; `--check` fails if they would change.
 """
@@ -79,7 +79,10 @@ def methods_page(folder: Path) -> str:
             machine = found.get("machine", {})
             where = ", ".join(f"{k} {v}" for k, v in machine.items())
             out += ["", f"Evidence, size {found['size']}, {found['seconds']:.0f} s ({where}):", ""]
-            out += ["| claim | baseline | measured | unit | holds |", "| --- | --- | --- | --- | --- |"]
+            out += [
+                "| claim | baseline | measured | unit | holds |",
+                "| --- | --- | --- | --- | --- |",
+            ]
             for claim in found.get("claims") or [found]:
                 out.append(
                     f"| {claim.get('statement', found.get('claim', ''))} | "

@@ -1,8 +1,8 @@
-"""A recipe: an ordered list of methods applied to a pipeline; parsed, checked, applied, undone, saved.
+"""A recipe: an ordered list of methods, applied to a pipeline, undone, saved.
 
 The one place where a name becomes a class. In a file:
 
-    methods:
+Methods:
       - laptop_diff: {keep: 0.75}
       - int8: {}
       - momentum: {order: 2, beta: 0.8, steps: 12}
@@ -65,7 +65,7 @@ class Calibration:
     """What transforms observe: network calls recorded while the pipeline samples `prompts` prompts.
 
     prompts: how many of the pipeline's own list, or the prompts (class labels) themselves.
-    steps: sampling steps of each; guidance: scale, None for the pipeline's own; calls: kept at most.
+    steps: of each sampling; guidance: scale, None for the pipeline's own; calls: kept at most.
     """
 
     prompts: int | tuple[str | int, ...] = 16
@@ -77,7 +77,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Healing:
-    """How long a pruned network learns from the original: AdamW on recorded calls; 0 steps is none."""
+    """How long a pruned network learns from the original, AdamW on recorded calls; 0 is none."""
 
     steps: int = 0
     lr: float = 2e-4
@@ -290,7 +290,7 @@ def _dump(value: Any, place: str) -> Any:
     if value is None or isinstance(value, (str, int, float, bool, dict)):
         return value
     raise RecipeError(
-        f"{place}={value!r} cannot be written in a recipe file: expected numbers, text or dataclasses"
+        f"{place}={value!r} cannot be written in a recipe file: expected numbers, text, dataclasses"
     )
 
 
@@ -374,7 +374,8 @@ class Slim:
 
 def call_settings(recipe: Recipe) -> dict[str, Any]:
     """Return the pipeline arguments a recipe asks for."""
-    sampler, out = recipe.sampler, {}
+    sampler = recipe.sampler
+    out: dict[str, Any] = {}
     if sampler and sampler.steps is not None:
         out["num_inference_steps"] = sampler.steps
     if sampler and sampler.guidance is not None:
@@ -463,9 +464,9 @@ def slim(
 
 def _parts(pipe: DiffusionPipeline) -> dict[str, Any]:
     """Return the constructor arguments that make a second pipeline of the same parts."""
-    return {n: getattr(pipe, n) for n in pipe._get_signature_keys(type(pipe))[0] if n in pipe.config} | {
-        n: v for n, v in pipe.config.items() if n in pipe._get_signature_keys(type(pipe))[1]
-    }
+    return {
+        n: getattr(pipe, n) for n in pipe._get_signature_keys(type(pipe))[0] if n in pipe.config
+    } | {n: v for n, v in pipe.config.items() if n in pipe._get_signature_keys(type(pipe))[1]}
 
 
 def _set_scheduler(pipe: DiffusionPipeline, item: Sampler) -> None:

@@ -33,7 +33,9 @@ def test_classes_are_documented_values(name):
         assert isinstance(value, cls)
         if not issubclass(cls, Process) and dataclasses.is_dataclass(cls):
             with pytest.raises(dataclasses.FrozenInstanceError):
-                setattr(value, dataclasses.fields(cls)[0].name if dataclasses.fields(cls) else "x", 0)
+                setattr(
+                    value, dataclasses.fields(cls)[0].name if dataclasses.fields(cls) else "x", 0
+                )
 
 
 def test_one_name_one_file():

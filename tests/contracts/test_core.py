@@ -55,7 +55,9 @@ class TestExact:
 
     @pytest.mark.parametrize("t", [0.05, 0.5, 1.0])
     def test_score_is_the_gradient_of_log_prob(self, t):
-        model = Mixture(Linear(), self.means, torch.tensor([0.2, 0.5, 0.1]), torch.tensor([1.0, 2, 3]))
+        model = Mixture(
+            Linear(), self.means, torch.tensor([0.2, 0.5, 0.1]), torch.tensor([1.0, 2, 3])
+        )
         x = rand(6, 2).requires_grad_()
         (grad,) = torch.autograd.grad(model.log_prob(x, t).sum(), x)
         torch.testing.assert_close(model.score(x.detach(), t), grad)
@@ -200,7 +202,9 @@ class TestGrids:
     def test_spacings_are_those_of_diffusers(self, spacing, steps):
         from diffusers import DDIMScheduler
 
-        theirs = DDIMScheduler(timestep_spacing=spacing, steps_offset=1 if spacing == "leading" else 0)
+        theirs = DDIMScheduler(
+            timestep_spacing=spacing, steps_offset=1 if spacing == "leading" else 0
+        )
         theirs.set_timesteps(steps)
         grid = {"trailing": Trailing(), "leading": Leading(1), "linspace": Linspace()}[spacing]
         process = table()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -119,7 +120,7 @@ def test_batched_times_equal_single_ones(fixed):
 
     def walk(x, rows):
         state = solver.init(x)
-        for t, s in zip(grid[:-1], grid[1:], strict=True):
+        for t, s in pairwise(grid):
             x, state = solver.step(model, x, t[rows], s[rows], state)
         return x
 

@@ -48,7 +48,7 @@ class Process(ABC):
 
     @abstractmethod
     def alpha(self, t: Time) -> Tensor:
-        """Return the scale of the data at `t`: () or (B,), float64 unless `t` is a float32 tensor."""
+        """Return the scale of the data at `t`: () or (B,); float64 where `t` is a float."""
 
     @abstractmethod
     def sigma(self, t: Time) -> Tensor:
@@ -78,7 +78,7 @@ class Process(ABC):
         return self.alpha(t), self.sigma(t), self.shift(t)
 
     def rates(self, t: Time) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the time derivatives of (alpha, sigma, shift) at `t`, by automatic differentiation.
+        """Return d/dt of (alpha, sigma, shift) at `t`, by automatic differentiation.
 
         Infinite where sigma grows like the square root of t, which is at t = 0 of `VP` and `VE`.
         """
@@ -115,7 +115,7 @@ class Process(ABC):
         return 2 * (self.alpha(t).log() - self.sigma(t).log())
 
     def time_at(self, logsnr: Time) -> Tensor:
-        """Return the `t` of a log signal-to-noise ratio, float64, by bisection; ends are clamped."""
+        """Return the `t` of a log signal-to-noise ratio in float64, by bisection within [0, 1]."""
         target = torch.as_tensor(logsnr, dtype=torch.float64)
         low, high = torch.zeros_like(target), torch.ones_like(target)
         for _ in range(60):
@@ -181,7 +181,7 @@ class Solver(ABC):
 
     order: ClassVar[int] = 1
     evals: ClassVar[int] = 1
-    stochastic: bool | ClassVar[bool] = False
+    stochastic = False
 
     def init(self, x: Tensor) -> Any:
         """Return the state before the first step."""
@@ -278,7 +278,7 @@ class Applied(ABC):
         """Calibrate on recorded calls of the model; nothing to do by default."""
 
     def objective(self, teacher: nn.Module) -> Objective | None:
-        """Return what heals the model from `teacher`'s answers, or `None` if nothing needs healing."""
+        """Return what heals the model from `teacher`'s answers; `None` if nothing needs it."""
         return None
 
     def reset(self) -> None:  # noqa: B027 - optional
@@ -289,7 +289,7 @@ class Applied(ABC):
         return {}
 
     def plan(self) -> dict[str, Any]:
-        """Return the json-able description from which `Transform.restore` rebuilds the structure."""
+        """Return the json-able data from which `Transform.restore` rebuilds the structure."""
         return {}
 
     @abstractmethod
@@ -316,7 +316,7 @@ class Operator(nn.Module, ABC):
         return out
 
     def pinv(self, y: Tensor) -> Tensor:
-        """Apply the pseudo-inverse, where it exists: A pinv(A) A = A."""
+        """Apply the pseudo-inverse to y, where there is one: A(pinv(A(x))) = A(x)."""
         raise NotImplementedError(f"{type(self).__name__} has no pseudo-inverse in closed form")
 
 

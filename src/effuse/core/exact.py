@@ -18,14 +18,17 @@ from effuse.ops.tensors import expand_as
 class Gaussian(Denoiser):
     """Normal data with independent coordinates, x0 ~ N(mean, std^2).
 
-    x0 = mean + alpha std^2 / v (x - alpha mean - shift),  noise = sigma / v (x - alpha mean - shift),
-    v = alpha^2 std^2 + sigma^2.
+    x0 = mean + alpha std^2 / v d,   noise = sigma / v d,
+    d = x - alpha mean - shift,   v = alpha^2 std^2 + sigma^2.
 
     Args:
         process: what spoils the data.
         mean: () or one row, (*), of the data.
         std: () or (*), zero allowed.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, process: Process, mean: Tensor | float = 0.0, std: Tensor | float = 1.0):
         super().__init__()
@@ -70,6 +73,11 @@ class Mixture(Denoiser):
         weights: (K,) positive, normalized here; equal by default.
         labels: (K,) integer class of each component, for the condition `label`.
     """
+
+    means: Tensor
+    std: Tensor
+    labels: Tensor
+    log_weights: Tensor
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def sample(
     """
     times = check_times(times).to(x.device)
     state = solver.init(x)
-    for index, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for index, (t, s) in enumerate(pairwise(times)):
         step = solver.step(denoiser, x, t, s, state, rng=rng)
         if on_step is not None:
             changed = on_step(index, s, step)

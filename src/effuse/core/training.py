@@ -55,7 +55,7 @@ class Ema:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(self.parameters, kept)
+                torch._foreach_copy_(list[Tensor](self.parameters), kept)
 
     @torch.no_grad()
     def copy_to(self) -> None:
@@ -139,7 +139,8 @@ def fit(
         precision: of automatic mixed precision. "fp16" needs a GPU.
         folder: where checkpoint and `log.jsonl` go, and from where an earlier run is taken up:
             a run that was killed and resumed gives the same weights as one that was not.
-        save_every: steps between checkpoints. log_every: steps between log rows.
+        save_every: steps between checkpoints.
+        log_every: steps between log rows.
         minutes: if given, the schedule and the end follow the clock instead, whichever of `steps`
             and `minutes` comes first; such a run is not deterministic.
         progress: show a progress bar with the time left.
@@ -255,7 +256,9 @@ def _source(batches: Batches, rng: torch.Generator, skip: int) -> Callable[[], A
                 empty = False
                 yield batch
             if empty:
-                raise ValueError("batches gave nothing: an iterator cannot be begun again, pass a list")
+                raise ValueError(
+                    "batches gave nothing: an iterator cannot be begun again, pass a list"
+                )
 
     endless = stream()
     for _ in range(skip):

@@ -137,7 +137,9 @@ class Beta(Grid):
         from scipy.stats import beta
 
         high, low = _ends(process, self.start, self.end)
-        at = torch.from_numpy(beta.ppf(1 - torch.linspace(0, 1, steps).double().numpy(), self.a, self.b))
+        at = torch.from_numpy(
+            beta.ppf(1 - torch.linspace(0, 1, steps).double().numpy(), self.a, self.b)
+        )
         times = process.time_at(-2 * (low + at * (high - low)).log())
         return torch.cat([times, times.new_zeros(1)])
 

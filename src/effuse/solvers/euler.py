@@ -11,7 +11,9 @@ from effuse.core.contracts import Denoiser, Solver, Step, Time
 from effuse.core.method import method
 
 
-@method("euler", paper="Elucidating the Design Space of Diffusion-Based Generative Models", year=2022)
+@method(
+    "euler", paper="Elucidating the Design Space of Diffusion-Based Generative Models", year=2022
+)
 @dataclass(frozen=True)
 class Euler(Solver):
     """First order in y = x / alpha over r = sigma / alpha: y_s = y_t + (r_s - r_t) noise.

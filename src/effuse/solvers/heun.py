@@ -11,7 +11,9 @@ from effuse.core.contracts import Denoiser, Solver, Step, Time
 from effuse.core.method import method
 
 
-@method("heun", paper="Elucidating the Design Space of Diffusion-Based Generative Models", year=2022)
+@method(
+    "heun", paper="Elucidating the Design Space of Diffusion-Based Generative Models", year=2022
+)
 @dataclass(frozen=True)
 class Heun(Solver):
     """The trapezoidal rule: advance with the mean of the predictions at both ends of the step.
