@@ -1,0 +1,580 @@
+"""The caching engine: clock, store and gates. It decides nothing; a `Rule` does.
+
+    call of a model -> clock (its timestep) -> stream (its conditions) -> gates (compute | inherit)
+
+**Clock.** Read from the model's own `timestep` argument: a lower one is the next step, an equal
+one the same step (both halves of Heun, both halves of guidance), a higher one a new run. Nothing
+counts calls. A run that was broken off between two calls, followed by one that starts lower with
+the same conditions, cannot be told apart: call `reset()`.
+
+**Stream.** Calls with the same conditions (text, labels, masks: by content, not by object) in the
+same thread share a store; guidance halves called one after another therefore have one each. A
+stream that first appears in the middle of a run computes once before it inherits. A stream whose
+batch, resolution or dtype changes within a run is an error.
+
+**Gate.** Stands in for `forward` of one module as an attribute of that instance: keys of the state
+dict, types and children stay as they are. When it computes, it calls the original forward, so a
+key step is bit-exact. Stored values are detached.
+
+Python decides at each call, so `torch.compile` of the whole model breaks its graph at every gate.
+In training mode everything computes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import inspect
+import math
+import threading
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effuse.core.contracts import Applied, Call, Transform
+
+from .keys import Keys, Rule
+
+CONTROLS = (
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+    "down_intrablock_additional_residuals",
+    "controlnet_block_samples",
+    "block_controlnet_hidden_states",
+)
+"""Arguments that change from step to step and are no condition: residuals of side networks."""
+
+Key = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-accumulates of one call: all of it, and what each part saves when it inherits."""
+
+    full: int
+    saved: Mapping[str, int]
+
+    @property
+    def inherited(self) -> int:
+        """Return the cost of a call in which every part inherits."""
+        return self.full - sum(self.saved.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Key steps times parts: what a run of `steps` calls will execute, before it is run."""
+
+    keys: Keys
+    parts: tuple[str, ...]
+
+    def runs(self, steps: int, parts: int) -> int:
+        """Return executions: |K| n_all + (T - |K|) (n_all - n_parts), of `parts` = n_all parts."""
+        key = len(self.keys.of(steps))
+        return key * parts + (steps - key) * (parts - len(self.parts))
+
+    def macs(self, steps: int, cost: Cost) -> int:
+        """Return multiply-accumulates of a run of `steps` calls."""
+        key = len(self.keys.of(steps))
+        saved = sum(cost.saved[p] for p in self.parts)
+        return key * cost.full + (steps - key) * (cost.full - saved)
+
+
+@dataclass
+class Stream:
+    """What calls under the same conditions remember: a value a part, and the watched feature."""
+
+    shape: tuple[Any, ...]
+    store: dict[str, Any] = field(default_factory=dict)
+    watched: Tensor | None = None
+
+
+@dataclass
+class Run:
+    """One walk from noise to data in one thread: its level, its step and its streams."""
+
+    level: float
+    step: int = 0
+    streams: dict[Key, Stream] = field(default_factory=dict)
+
+
+class Now:
+    """One call of the model while it runs: the decision of each part, made once."""
+
+    def __init__(self, cache: Cached, run: Run, stream: Stream, new: bool, controlled: bool):
+        self.cache, self.step, self.stream = cache, run.step, stream
+        self.new, self.controlled = new, controlled
+        self.fresh: dict[str, bool] = {}
+        self.held: dict[str, Any] = {}  # what one gate leaves for another within the call
+        self._change: float | None = None
+        self._first: Tensor | None = None
+
+    def computes(self, part: str, x: Tensor | None) -> bool:
+        """Say whether `part` computes in this call; x: the input of the gate that asks first."""
+        if part not in self.fresh:
+            rule, forced = self.cache.rule, self.cache.forced
+            if not self.fresh and rule.watches:
+                self._first = None if x is None else x.detach().clone()
+            fresh = self.new or part not in self.stream.store
+            if not fresh:
+                fresh = rule.fresh(self.step, part, self._moved) if forced is None else forced
+            if fresh and self._first is not None:
+                self.stream.watched = self._first
+            self.fresh[part] = fresh
+        return self.fresh[part]
+
+    def _moved(self) -> float:
+        if self._change is None:
+            x, then = self._first, self.stream.watched
+            if x is None or then is None or x.shape != then.shape:
+                self._change = math.inf
+            else:
+                norm = then.flatten(1).float().norm(dim=1)
+                off = (x - then).flatten(1).float().norm(dim=1) / norm.clamp_min(1e-12)
+                self._change = float(off.max())
+        return self._change
+
+
+class Gate:
+    """Stands in for the forward of one module.
+
+    part: the name under which decision and value are kept. Several gates may share a part: they
+    decide alike, and one of them keeps the value.
+    """
+
+    def __init__(self, part: str, module: nn.Module):
+        self.part, self.module = part, module
+        self.cache: Cached | None = None
+        self.before: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run in place of `module.forward`."""
+        now = self.cache.now() if self.cache is not None else None
+        if now is None:
+            return self.original(*args, **kwargs)
+        fresh = now.computes(self.part, first_tensor(args, kwargs))
+        with self.cache.counted(self.part, fresh):  # type: ignore[union-attr]
+            if fresh:
+                return self.compute(now, *args, **kwargs)
+            return self.inherit(now, *args, **kwargs)
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        """The forward that the gate stands in for."""
+        return self.before or functools.partial(type(self.module).forward, self.module)
+
+    def compute(self, now: Now, *args: Any, **kwargs: Any) -> Any:
+        """Run the original and keep what later steps inherit: here the whole output."""
+        out = self.original(*args, **kwargs)
+        now.stream.store[self.part] = detached(out)
+        return out
+
+    def inherit(self, now: Now, *args: Any, **kwargs: Any) -> Any:
+        """Give an output from what was kept."""
+        return now.stream.store[self.part]
+
+    def put(self, cache: Cached) -> None:
+        """Stand in for the module's forward from now on."""
+        self.cache, self.before = cache, vars(self.module).get("forward")
+        self.module.forward = self.__call__
+
+    def mine(self) -> bool:
+        """Say whether the module's forward is still this gate."""
+        return getattr(vars(self.module).get("forward"), "__self__", None) is self
+
+    def take_off(self) -> None:
+        """Give the module its forward back."""
+        del self.module.forward
+        if self.before is not None:
+            self.module.forward = self.before
+
+
+class Silent(Gate):
+    """A module whose output nobody needs when its part inherits: gives zeros of the right shapes.
+
+    It keeps shapes only; another gate of the part keeps the value.
+    """
+
+    def __init__(self, part: str, module: nn.Module, name: str):
+        super().__init__(part, module)
+        self.slot = f"{part}: shape of {name}"
+
+    def compute(self, now: Now, *args: Any, **kwargs: Any) -> Any:
+        """Run the original and note the shape of what it gives."""
+        out = self.original(*args, **kwargs)
+        now.stream.store[self.slot] = mapped(out, lambda a: (a.shape, a.dtype, a.device))
+        return out
+
+    def inherit(self, now: Now, *args: Any, **kwargs: Any) -> Any:
+        """Give zeros."""
+        noted = now.stream.store[self.slot]
+        return mapped(noted, lambda a: torch.zeros(a[0], dtype=a[1], device=a[2]), _is_shape)
+
+
+def _is_shape(a: Any) -> bool:
+    return isinstance(a, tuple) and len(a) == 3 and isinstance(a[0], torch.Size)
+
+
+class Cached(Applied):
+    """Gates on a model, with their clock and store. Also a context: `with ...attach(unet):`.
+
+    Args:
+        transform: what made it.
+        model: takes `timestep`, and the sample as its first argument.
+        rule: when to compute.
+        gates: in the order in which they were found.
+        drops: parts that lose residuals of side networks (ControlNet) while they inherit.
+    """
+
+    def __init__(
+        self,
+        transform: Transform,
+        model: nn.Module,
+        rule: Rule,
+        gates: Sequence[Gate],
+        drops: Iterable[str] = (),
+    ):
+        self.transform, self.model, self.rule = transform, model, rule
+        self.gates, self.drops = list(gates), frozenset(drops)
+        self.parts = tuple(dict.fromkeys(g.part for g in gates))
+        kind: Any = type(model)
+        names = list(_signature(kind).parameters)[1:]
+        if "timestep" not in names:
+            raise TypeError(
+                f"{type(model).__name__}.forward has no argument `timestep`: the clock of a cache "
+                "is read from it; expected a diffusers UNet or transformer"
+            )
+        self._sample = names[0]
+        self.forced: bool | None = None
+        self.finalized = False
+        self.costs: dict[tuple[Any, ...], Cost] = {}
+        self._counter: Any = None
+        self._spent: dict[bool, Counter[str]] = {}
+        self._digests: dict[int, tuple[Any, int, str]] = {}
+        self._runs: dict[int, Run] = {}
+        self._now: dict[int, Now] = {}
+        self._warned = False
+        self._clear_tally()
+        for gate in self.gates:
+            gate.put(self)
+        self._hooks = [
+            model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            model.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def __enter__(self) -> Cached:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.detach()
+
+    # ---- the clock
+
+    def now(self) -> Now | None:
+        """Return the call of the model that this thread is in, `None` outside or in training."""
+        return self._now.get(threading.get_ident())
+
+    def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        me = threading.get_ident()
+        self._now.pop(me, None)
+        if model.training or not self.gates:
+            return
+        given = self._arguments(args, kwargs)
+        x = given[self._sample]
+        level = level_of(given.get("timestep"))
+        run = self._runs.get(me)
+        if run is None or level > run.level:
+            run = self._runs[me] = Run(level)
+            self._forget_ended_threads()
+            self._tally["runs"] += 1
+        elif level < run.level:
+            run.level, run.step = level, run.step + 1
+        limit = self.rule.limit
+        if limit is not None and run.step >= limit:
+            raise ValueError(
+                f"step {run.step + 1} of a run, at timestep {level:g}: {self.rule} was made for "
+                f"{limit} steps; give it the number of steps you sample with"
+            )
+        shape = (tuple(x.shape), x.dtype, x.device)
+        key = self._conditions(given)
+        stream, new = run.streams.get(key), False
+        if stream is None:
+            stream, new = Stream(shape), True
+            run.streams[key] = stream
+        elif stream.shape != shape:
+            raise ValueError(
+                f"the sample went from {_spell(stream.shape)} to {_spell(shape)} within a run "
+                f"(step {run.step}, timestep {level:g}): the stored features do not fit; call "
+                "reset() before a new picture"
+            )
+        controlled = any(given.get(name) is not None for name in CONTROLS)
+        self._now[me] = Now(self, run, stream, new, controlled)
+
+    def _leave(self, model: nn.Module, args: Any, out: Any) -> None:
+        me = threading.get_ident()
+        now = self._now.pop(me, None)
+        if now is None:
+            return
+        if out is None:  # it raised: what was stored belongs to no whole call
+            self._runs.pop(me, None)
+            return
+        inherited = [p for p, fresh in now.fresh.items() if not fresh]
+        if now.controlled and not self._warned and self.drops.intersection(inherited):
+            self._warned = True
+            warnings.warn(
+                f"residuals of a side network (ControlNet, adapter) meet inherited parts "
+                f"({', '.join(inherited[:3])}): they act there at key steps only; keep more layers "
+                "fresh or inherit at layer or unit level",
+                stacklevel=2,
+            )
+        if self.forced is None:
+            self._count(now, inherited)
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        kind: Any = type(self.model)
+        bound = _signature(kind).bind_partial(self.model, *args, **kwargs).arguments
+        if not isinstance(bound.get(self._sample), Tensor):
+            raise TypeError(f"{self._sample} is missing: expected the noisy sample, (B, C, H, W)")
+        return bound
+
+    def _conditions(self, given: Mapping[str, Any]) -> Key:
+        """Return what tells streams apart: the content of all tensors but sample and residuals."""
+        return tuple(
+            (name, _nested(value, self._digest))
+            for name, value in given.items()
+            if name not in ("self", self._sample, "timestep", "return_dict", *CONTROLS)
+            and value is not None
+        )
+
+    def _digest(self, a: Tensor) -> str:
+        version = -1 if a.is_inference() else a._version
+        known = self._digests.get(id(a))
+        if known and known[0]() is a and known[1] == version >= 0:
+            return known[2]
+        raw = a.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest = f"{tuple(a.shape)} {hashlib.blake2b(raw.data, digest_size=16).hexdigest()}"
+        if len(self._digests) > 64:
+            self._digests = {k: v for k, v in self._digests.items() if v[0]() is not None}
+        self._digests[id(a)] = (weakref.ref(a), version, digest)
+        return digest
+
+    def _forget_ended_threads(self) -> None:
+        if len(self._runs) > 1:
+            alive = {t.ident for t in threading.enumerate()}
+            self._runs = {k: r for k, r in self._runs.items() if k in alive}
+
+    # ---- the accounts
+
+    def _clear_tally(self) -> None:
+        self._tally: Counter[str] = Counter()
+        self._calls: Counter[tuple[Any, ...]] = Counter()
+        self._inherits: Counter[tuple[tuple[Any, ...], str]] = Counter()
+        self._peak = 0
+
+    def _count(self, now: Now, inherited: Sequence[str]) -> None:
+        self._calls[now.stream.shape] += 1
+        self._tally["key_calls"] += not inherited
+        self._tally["computed"] += len(now.fresh) - len(inherited)
+        self._tally["inherited"] += len(inherited)
+        for part in inherited:
+            self._inherits[now.stream.shape, part] += 1
+        self._peak = max(self._peak, self.bytes())
+
+    @contextlib.contextmanager
+    def counted(self, part: str, fresh: bool) -> Iterator[None]:
+        """Charge multiply-accumulates spent inside to `part`, while a counter runs."""
+        if self._counter is None:
+            yield
+            return
+        start = self._counter.get_total_flops()
+        yield
+        self._spent[fresh][part] += (self._counter.get_total_flops() - start) // 2
+
+    def observe(self, calls: Iterable[Call]) -> None:
+        """Count multiply-accumulates on the first call of each sample shape; ends all runs."""
+        was = self.model.training
+        self.model.eval()
+        try:
+            for args, kwargs in calls:
+                x = self._arguments(args, kwargs)[self._sample]
+                shape = (tuple(x.shape), x.dtype, x.device)
+                if shape not in self.costs:
+                    self.costs[shape] = self._measure(args, kwargs)
+        finally:
+            self.model.train(was)
+            self.reset()
+
+    @torch.no_grad()
+    def _measure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cost:
+        self.reset()
+        totals = {}
+        try:
+            for fresh in (True, False):
+                self.forced, self._spent[fresh] = fresh, Counter()
+                with flop_counter() as self._counter:
+                    self.model(*args, **kwargs)
+                totals[fresh] = self._counter.get_total_flops() // 2
+                self._counter = None
+        finally:
+            self.forced, self._counter = None, None
+            self.reset()
+        spent = self._spent
+        saved = {p: spent[True][p] - spent[False][p] for p in self.parts}
+        return Cost(totals[True], saved)
+
+    def bytes(self) -> int:
+        """Return the bytes that are stored now, over all threads and streams."""
+        return sum(
+            tensor_bytes(v)
+            for run in list(self._runs.values())
+            for stream in list(run.streams.values())
+            for v in [*stream.store.values(), stream.watched]
+        )
+
+    def report(self) -> dict[str, Any]:
+        """Return counts since `attach`: calls, part executions, bytes, multiply-accumulates.
+
+        `macs` and `macs_full` need `observe`; they are missing until every sample shape that was
+        run has been observed.
+        """
+        calls = sum(self._calls.values())
+        out: dict[str, Any] = {
+            "rule": str(self.rule),
+            "parts": len(self.parts),
+            "runs": self._tally["runs"],
+            "calls": calls,
+            "key_calls": self._tally["key_calls"],
+            "parts_computed": self._tally["computed"],
+            "parts_inherited": self._tally["inherited"],
+            "cache_bytes": self.bytes(),
+            "cache_bytes_peak": self._peak,
+        }
+        if self.costs:
+            cost = next(iter(self.costs.values()))
+            out |= {"macs_key_call": cost.full, "macs_inherited_call": cost.inherited}
+        if calls and all(shape in self.costs for shape in self._calls):
+            full = sum(n * self.costs[s].full for s, n in self._calls.items())
+            saved = sum(n * self.costs[s].saved[p] for (s, p), n in self._inherits.items())
+            out |= {"macs": full - saved, "macs_full": full}
+        return out
+
+    # ---- on and off
+
+    def reset(self) -> None:
+        """Forget all stored features: the next call begins a new run. Counts stay."""
+        self._runs.clear()
+        self._now.clear()
+
+    def detach(self) -> None:
+        """Take gates and hooks off."""
+        if self.finalized:
+            raise RuntimeError("the cache was finalized: it stays on; load the original instead")
+        covered = [g.part for g in self.gates if not g.mine()]
+        if covered:
+            raise RuntimeError(
+                f"another transform lies on {covered[0]!r}: detach that one first, then this"
+            )
+        for gate in self.gates:
+            gate.take_off()
+        for hook in self._hooks:
+            hook.remove()
+        self.gates, self._hooks = [], []
+        self.reset()
+
+    def finalize(self) -> None:
+        """Keep it on for good. The weights were never touched; a plan brings the cache back."""
+        self.reset()
+        self.finalized = True
+
+
+# ---- small pieces
+
+
+@functools.lru_cache
+def _signature(cls: Any) -> inspect.Signature:
+    return inspect.signature(cls.forward)
+
+
+def level_of(timestep: Any) -> float:
+    """Return the one noise level of a call, from a number, a () or a (B,) tensor."""
+    if timestep is None:
+        raise ValueError("timestep is missing: the clock of a cache is read from it")
+    if not isinstance(timestep, Tensor):
+        return float(timestep)
+    flat = timestep.detach().reshape(-1)
+    low, high = (float(a) for a in flat.aminmax()) if flat.numel() > 1 else (float(flat), None)
+    if high is not None and low != high:
+        raise ValueError(
+            f"timesteps from {low:g} to {high:g} in one call: features are inherited only when "
+            "all rows stand at one step; detach the cache, or train with model.train()"
+        )
+    return low
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return the first tensor argument: the features that flow in."""
+    return next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+
+
+def mapped(
+    value: Any, change: Callable[[Any], Any], leaf: Callable[[Any], bool] | None = None
+) -> Any:
+    """Return `value` with `change` applied to its tensors (or leaves), through tuples and dicts."""
+    is_leaf = leaf or (lambda a: isinstance(a, Tensor))
+    if is_leaf(value):
+        return change(value)
+    if isinstance(value, Mapping):  # diffusers' outputs are ordered mappings too
+        return type(value)(**{k: mapped(v, change, leaf) for k, v in value.items()})
+    if isinstance(value, (tuple, list)):
+        return type(value)(mapped(v, change, leaf) for v in value)
+    return value
+
+
+def detached(value: Any) -> Any:
+    """Return `value` cut from the graph."""
+    return mapped(value, lambda a: a.detach())
+
+
+def tensor_bytes(value: Any) -> int:
+    """Return the bytes of all tensors within `value`."""
+    total = 0
+
+    def add(a: Tensor) -> Tensor:
+        nonlocal total
+        total += a.numel() * a.element_size()
+        return a
+
+    mapped(value, add)
+    return total
+
+
+def _nested(value: Any, digest: Callable[[Tensor], str]) -> Any:
+    if isinstance(value, Tensor):
+        return digest(value)
+    if isinstance(value, Mapping):
+        return tuple((k, _nested(v, digest)) for k, v in value.items() if v is not None)
+    if isinstance(value, (tuple, list)):
+        return tuple(_nested(v, digest) for v in value)
+    return value if isinstance(value, (int, float, str, bool)) else None
+
+
+def _spell(shape: tuple[Any, ...]) -> str:
+    size, dtype, device = shape
+    return f"{size} {str(dtype).removeprefix('torch.')} on {device}"
+
+
+def flop_counter() -> Any:
+    """Return torch's FlopCounterMode, with the attention kernel of the CPU counted too."""
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+    def attention(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return sdpa_flop_count(q, k, v)
+
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={kernel: attention})
