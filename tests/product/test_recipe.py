@@ -1,0 +1,130 @@
+"""Recipes: strict reading, exact writing, order of kinds, apply, undo, save and load."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tests.tiny import tiny_sd
+
+import effuse
+from effuse.core.errors import RecipeError
+from effuse.recipe import Recipe, Sampler, parse, slim
+from effuse.solvers import Heun
+
+FOUR = {
+    "methods": [
+        {"laptop_diff": {"keep": 0.9}},
+        {"int8": {}},
+        {"asdm_assembly": {}},
+        {"momentum": {"order": 2, "beta": 0.8, "steps": 3}},
+    ],
+    "calibration": {"prompts": ["red apple", "blue heart"], "steps": 2, "calls": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ({"method": []}, "unknown field 'method'; did you mean 'methods'"),
+        ({"methods": [{"laptop_dif": {}}]}, "did you mean 'laptop_diff'"),
+        ({"methods": [{"laptop_diff": {"keeep": 0.5}}]}, "did you mean 'keep'"),
+        ({"methods": [{"laptop_diff": {"keep": 1.3}}]}, r"keep=1.3"),
+        ({"methods": [{"momentum": {"stepz": 3}}]}, "stepz"),
+        ({"methods": [{"momentum": {"steps": 0}}]}, "positive integer"),
+        ({"methods": [{"momentum.GHBV": {}}]}, "did you mean 'GHVB'"),
+        ({"methods": [{"int8": {}, "ddim": {}}]}, "expected one method"),
+        ({"methods": [{"cosine": {}}]}, "no method 'cosine'"),
+        ({"methods": [{"flow": {}}]}, "nothing to apply"),
+        ({"methods": [{"int8": {}}, {"laptop_diff": {}}]}, "expected the order"),
+        ({"methods": [{"ddim": {"steps": 2}}, {"euler": {"steps": 2}}]}, "at most one"),
+        ({"methods": [{"ddim": {"grid": {"Karas": {}}}}]}, "did you mean 'Karras'"),
+        ({"methods": [], "healing": {"step": 4}}, "did you mean 'steps'"),
+        ("missing.yaml", "no such recipe"),
+    ],
+)
+def test_mistakes_are_named(recipe, words):
+    with pytest.raises(RecipeError, match=words):
+        parse(recipe)
+
+
+def test_reads_and_writes_the_same(tmp_path):
+    source = {
+        "methods": [
+            *FOUR["methods"][:3],
+            {"momentum": {"order": 2, "beta": 0.8, "steps": 3, "grid": {"Karras": {"rho": 5.0}}}},
+        ],
+        "healing": {"steps": 2},
+    }
+    first = parse(source)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(first.to_yaml())
+    assert parse(file) == first
+    assert yaml.safe_load(first.to_yaml())["healing"] == {"steps": 2}
+    assert first.sampler.steps == 3
+    assert first.sampler.grid.rho == 5.0
+
+
+def test_the_shipped_recipes_are_valid(request):
+    files = sorted((request.config.rootpath / "recipes").glob("*.yaml"))
+    assert files
+    for file in files:
+        assert isinstance(parse(file), Recipe)
+
+
+def pictures(pipe, **settings):
+    rng = [torch.Generator().manual_seed(k) for k in (1, 2)]
+    settings = {"num_inference_steps": 3, **settings}
+    out = pipe(["red apple", "blue heart"], generator=rng, output_type="np", **settings)
+    return out.images
+
+
+def test_undo_is_bit_exact():
+    pipe = tiny_sd()
+    before = pictures(pipe)
+    result = slim(pipe, FOUR)
+    assert len(result.applied) == 3
+    changed = pictures(pipe, **result.settings)
+    assert np.abs(changed - before).max() > 0
+    np.testing.assert_array_equal(pictures(result.before), before)
+    np.testing.assert_array_equal(pictures(result.undo()), before)
+
+
+def test_failure_leaves_the_pipeline_as_it_was():
+    pipe = tiny_sd()
+    before = pictures(pipe)
+    recipe = parse(FOUR)
+    with pytest.raises(ValueError, match="prompts"):
+        slim(pipe, {**recipe.to_dict(), "calibration": {"prompts": 0}})
+    np.testing.assert_array_equal(pictures(pipe), before)
+
+
+def test_a_bare_solver_is_a_sampler():
+    pipe = tiny_sd()
+    result = slim(pipe, [Heun()])
+    assert result.recipe.items == (Sampler(Heun()),)
+    assert np.isfinite(pictures(pipe)).all()
+
+
+@pytest.mark.bridge
+def test_four_kinds_survive_save_and_a_fresh_process(tmp_path):
+    result = slim(tiny_sd(), FOUR)
+    folder = result.save(tmp_path / "slim")
+    expected = pictures(result.pipe, **result.settings)
+    np.save(tmp_path / "expected.npy", expected)
+    again = effuse.load(folder)
+    np.testing.assert_allclose(pictures(again, **result.settings), expected, atol=1e-5)
+    code = f"""
+import numpy as np, torch, effuse
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained({str(folder)!r})
+rng = [torch.Generator().manual_seed(k) for k in (1, 2)]
+out = pipe(["red apple", "blue heart"], generator=rng, output_type="np", num_inference_steps=3)
+np.testing.assert_allclose(out.images, np.load({str(tmp_path / "expected.npy")!r}), atol=1e-5)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    assert parse(folder / "recipe.yaml") == result.recipe
