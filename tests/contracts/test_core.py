@@ -367,3 +367,9 @@ class TestFit:
         with ema.applied():
             torch.testing.assert_close(p.data, torch.full((2,), 0.9))
         assert torch.equal(p.data, torch.ones(2))
+
+
+def test_no_minutes_left_is_no_step():
+    objective = Regression()
+    opts = {p: torch.optim.SGD(objective.parameters_of(p), 0.1) for p in objective.players}
+    assert fit(objective, batches, opts, steps=5, minutes=-1.0, progress=False).step == 0

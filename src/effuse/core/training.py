@@ -182,9 +182,10 @@ def fit(
         while done < steps:
             part = done / steps
             if minutes is not None:
-                part = max(part, (time.perf_counter() - begun) / (60 * minutes))
-                if part >= 1:
+                spent = time.perf_counter() - begun
+                if spent >= 60 * minutes:
                     break
+                part = max(part, spent / (60 * minutes))
             batch = _to(draw(), engine.device)
             losses: dict[str, Loss] = {}
             for name in players:
