@@ -231,3 +231,162 @@ def tiny_dit_pipe(scheduler: Any = None, **dit: Any):
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@functools.cache
+def _fast_tokenizer_file() -> Path:
+    """Write a letter-level tokenizer of the kind T5 uses (pad 0, end 1) and return its file."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    listed = ["<pad>", "</s>", "<unk>", *(chr(c) for c in range(ord("a"), ord("z") + 1))]
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(listed)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    words.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    file = Path(mkdtemp(prefix="effuse-tiny-")) / "tokenizer.json"
+    words.save(str(file))
+    return file
+
+
+def tiny_t5_tokenizer():
+    """A fast tokenizer over single letters that ends and pads as T5's."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(_fast_tokenizer_file()),
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=16,
+    )
+
+
+def tiny_t5(width: int = 32):
+    """T5EncoderModel of the given width."""
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(
+        T5Config(vocab_size=32, d_model=width, d_ff=37, d_kv=8, num_heads=4, num_layers=2)
+    )
+
+
+@seeded
+def tiny_sdxl(scheduler: Any = None, **unet: Any):
+    """StableDiffusionXLPipeline: 16 x 16 pictures, two text encoders, added conditions."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+    added = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 32,
+        "cross_attention_dim": 64,
+        "use_linear_projection": True,
+    }
+    pipe = StableDiffusionXLPipeline(
+        vae=tiny_vae(),
+        text_encoder=tiny_text(),
+        text_encoder_2=tiny_text(32),
+        tokenizer=tiny_tokenizer(),
+        tokenizer_2=tiny_tokenizer(),
+        unet=tiny_unet_cond(**{**added, **unet}),
+        scheduler=scheduler
+        or EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="leading",
+            steps_offset=1,
+        ),
+        add_watermarker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@seeded
+def tiny_pixart_pipe(scheduler: Any = None, sigma: bool = False, **transformer: Any):
+    """PixArtAlphaPipeline, or PixArtSigmaPipeline: 16 x 16 pictures, learned variance."""
+    from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline
+
+    pipe = (PixArtSigmaPipeline if sigma else PixArtAlphaPipeline)(
+        tokenizer=tiny_t5_tokenizer(),
+        text_encoder=tiny_t5(16),
+        vae=tiny_vae(),
+        transformer=tiny_pixart(**transformer),
+        scheduler=scheduler or DPMSolverMultistepScheduler(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@seeded
+def tiny_sd3(scheduler: Any = None, **transformer: Any):
+    """StableDiffusion3Pipeline: 16 x 16 pictures, three text encoders, shift 3."""
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+
+    network = SD3Transformer2DModel(
+        **{
+            "sample_size": 8,
+            "patch_size": 2,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 32,
+            "caption_projection_dim": 32,
+            "pooled_projection_dim": 64,
+            "pos_embed_max_size": 8,
+            **transformer,
+        }
+    )
+    pipe = StableDiffusion3Pipeline(
+        transformer=network,
+        scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae(scaling_factor=1.5305, shift_factor=0.0609),
+        text_encoder=tiny_text(32),
+        tokenizer=tiny_tokenizer(),
+        text_encoder_2=tiny_text(32),
+        tokenizer_2=tiny_tokenizer(),
+        text_encoder_3=tiny_t5(),
+        tokenizer_3=tiny_t5_tokenizer(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@seeded
+def tiny_flux(scheduler: Any = None, **transformer: Any):
+    """FluxPipeline: give it height and width 16; dynamic shifting, guidance embedded."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    network = FluxTransformer2DModel(
+        **{
+            "patch_size": 1,
+            "in_channels": 16,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 32,
+            "pooled_projection_dim": 32,
+            "axes_dims_rope": (4, 4, 8),
+            "guidance_embeds": True,
+            **transformer,
+        }
+    )
+    pipe = FluxPipeline(
+        scheduler=scheduler
+        or FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=tiny_vae(scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=tiny_text(),
+        tokenizer=tiny_tokenizer(),
+        text_encoder_2=tiny_t5(),
+        tokenizer_2=tiny_t5_tokenizer(),
+        transformer=network,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
