@@ -14,7 +14,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_LAZY: dict[str, str] = {}
+_LAZY: dict[str, str] = {
+    "Switched": "effuse.compress.rewire.switched",
+}
 
 # Diffusers looks for the base class in the same module, to learn the name of its load method.
 _BASES = {"ModelMixin": "diffusers", "SchedulerMixin": "diffusers"}

@@ -95,20 +95,37 @@ class Stream:
     watched: Tensor | None = None
 
 
-@dataclass
-class Run:
-    """One walk from noise to data in one thread: its level, its step and its streams."""
+class Clock:
+    """Counts steps of a run by its noise level, a run for each thread."""
 
-    level: float
-    step: int = 0
-    streams: dict[Key, Stream] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._at: dict[int, tuple[float, int]] = {}
+
+    def step(self, level: float) -> tuple[int, bool]:
+        """Return the step (from 0) that a call at `level` belongs to, and whether a run begins."""
+        me = threading.get_ident()
+        last, step = self._at.get(me, (-math.inf, 0))
+        if level > last:
+            forget_ended(self._at)
+            step, last = 0, -math.inf
+        elif level < last:
+            step += 1
+        self._at[me] = (level, step)
+        return step, last == -math.inf
+
+    def reset(self, thread: int | None = None) -> None:
+        """Forget the run of a thread, or all runs: the next call there is a first step."""
+        if thread is None:
+            self._at.clear()
+        else:
+            self._at.pop(thread, None)
 
 
 class Now:
     """One call of the model while it runs: the decision of each part, made once."""
 
-    def __init__(self, cache: Cached, run: Run, stream: Stream, new: bool, controlled: bool):
-        self.cache, self.step, self.stream = cache, run.step, stream
+    def __init__(self, cache: Cached, step: int, stream: Stream, new: bool, controlled: bool):
+        self.cache, self.step, self.stream = cache, step, stream
         self.new, self.controlled = new, controlled
         self.fresh: dict[str, bool] = {}
         self.held: dict[str, Any] = {}  # what one gate leaves for another within the call
@@ -257,7 +274,8 @@ class Cached(Applied):
         self._counter: Any = None
         self._spent: dict[bool, Counter[str]] = {}
         self._digests: dict[int, tuple[Any, int, str]] = {}
-        self._runs: dict[int, Run] = {}
+        self._clock = Clock()
+        self._streams: dict[int, dict[Key, Stream]] = {}
         self._now: dict[int, Now] = {}
         self._warned = False
         self._clear_tally()
@@ -288,33 +306,32 @@ class Cached(Applied):
         given = self._arguments(args, kwargs)
         x = given[self._sample]
         level = level_of(given.get("timestep"))
-        run = self._runs.get(me)
-        if run is None or level > run.level:
-            run = self._runs[me] = Run(level)
-            self._forget_ended_threads()
-            self._tally["runs"] += 1
-        elif level < run.level:
-            run.level, run.step = level, run.step + 1
+        step, begins = self._clock.step(level)
+        if begins:
+            forget_ended(self._streams)
+            self._streams[me] = {}
+            self._tally["runs"] += self.forced is None
         limit = self.rule.limit
-        if limit is not None and run.step >= limit:
+        if limit is not None and step >= limit:
             raise ValueError(
-                f"step {run.step + 1} of a run, at timestep {level:g}: {self.rule} was made for "
+                f"step {step + 1} of a run, at timestep {level:g}: {self.rule} was made for "
                 f"{limit} steps; give it the number of steps you sample with"
             )
+        streams = self._streams[me]
         shape = (tuple(x.shape), x.dtype, x.device)
         key = self._conditions(given)
-        stream, new = run.streams.get(key), False
+        stream, new = streams.get(key), False
         if stream is None:
             stream, new = Stream(shape), True
-            run.streams[key] = stream
+            streams[key] = stream
         elif stream.shape != shape:
             raise ValueError(
                 f"the sample went from {_spell(stream.shape)} to {_spell(shape)} within a run "
-                f"(step {run.step}, timestep {level:g}): the stored features do not fit; call "
+                f"(step {step}, timestep {level:g}): the stored features do not fit; call "
                 "reset() before a new picture"
             )
         controlled = any(given.get(name) is not None for name in CONTROLS)
-        self._now[me] = Now(self, run, stream, new, controlled)
+        self._now[me] = Now(self, step, stream, new, controlled)
 
     def _leave(self, model: nn.Module, args: Any, out: Any) -> None:
         me = threading.get_ident()
@@ -322,7 +339,8 @@ class Cached(Applied):
         if now is None:
             return
         if out is None:  # it raised: what was stored belongs to no whole call
-            self._runs.pop(me, None)
+            self._clock.reset(me)
+            self._streams.pop(me, None)
             return
         inherited = [p for p, fresh in now.fresh.items() if not fresh]
         if now.controlled and not self._warned and self.drops.intersection(inherited):
@@ -363,11 +381,6 @@ class Cached(Applied):
             self._digests = {k: v for k, v in self._digests.items() if v[0]() is not None}
         self._digests[id(a)] = (weakref.ref(a), version, digest)
         return digest
-
-    def _forget_ended_threads(self) -> None:
-        if len(self._runs) > 1:
-            alive = {t.ident for t in threading.enumerate()}
-            self._runs = {k: r for k, r in self._runs.items() if k in alive}
 
     # ---- the accounts
 
@@ -432,8 +445,8 @@ class Cached(Applied):
         """Return the bytes that are stored now, over all threads and streams."""
         return sum(
             tensor_bytes(v)
-            for run in list(self._runs.values())
-            for stream in list(run.streams.values())
+            for streams in list(self._streams.values())
+            for stream in list(streams.values())
             for v in [*stream.store.values(), stream.watched]
         )
 
@@ -468,7 +481,8 @@ class Cached(Applied):
 
     def reset(self) -> None:
         """Forget all stored features: the next call begins a new run. Counts stay."""
-        self._runs.clear()
+        self._clock.reset()
+        self._streams.clear()
         self._now.clear()
 
     def detach(self) -> None:
@@ -515,6 +529,14 @@ def level_of(timestep: Any) -> float:
             "all rows stand at one step; detach the cache, or train with model.train()"
         )
     return low
+
+
+def forget_ended(kept: dict[int, Any]) -> None:
+    """Drop what threads that have ended left behind."""
+    alive = {t.ident for t in threading.enumerate()}
+    for thread in list(kept):
+        if thread not in alive:
+            kept.pop(thread, None)
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

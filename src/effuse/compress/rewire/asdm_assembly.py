@@ -6,10 +6,13 @@ other steps. With training, `assemble` builds a lighter network from a teacher's
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from effuse.compress.cache.base import Cached, Plan
@@ -24,23 +27,35 @@ from effuse.compress.cache.keys import (
     Window,
 )
 from effuse.compress.cache.levels import Blocks, Group, Layers, Level, Named, Units
-from effuse.core.contracts import Transform, Where, everywhere
+from effuse.core.contracts import Applied, Transform, Where, everywhere
+from effuse.core.errors import check_fraction
 from effuse.core.method import method
+from effuse.core.training import fit, warmup_cosine
+from effuse.nn.cond_conv import CondConv2d, Router
+
+from .imitate import Imitate, Taps, stage_taps
+from .stages import Kept, cut, even_plan, groups, stage_sizes, uncut
 
 __all__ = [
     "Adaptive",
+    "Assemble",
     "BackDense",
     "Blocks",
+    "Copies",
     "Explicit",
     "FrontDense",
     "Group",
+    "Imitate",
     "Inherit",
     "Inherited",
     "Layers",
     "Named",
+    "Removed",
     "Uniform",
     "Units",
     "Window",
+    "assemble",
+    "incubate",
 ]
 
 PAPER = "Accelerating Stable Diffusion through Model Assembly and Feature Inheritance Strategies"
@@ -130,3 +145,298 @@ class Inherited(Cached):
         for cost in list(self.costs.values())[:1]:
             out |= {"macs": plan.macs(steps, cost), "macs_full": steps * cost.full}
         return out
+
+
+# ---- assembly: a lighter network from a teacher's parts
+
+
+class Experts(ABC):
+    """Where the kernels beside the kept one come from. A frozen dataclass."""
+
+    router: Router
+
+    @abstractmethod
+    def convs(self, kept: nn.Conv2d, removed: Sequence[nn.Conv2d]) -> list[nn.Conv2d]:
+        """Return the kept convolution and the others."""
+
+
+@dataclass(frozen=True)
+class Removed(Experts):
+    """Kernels of the removed layers of the same stage, those of equal shape."""
+
+    router: Router = "sigmoid"
+
+    def convs(self, kept: nn.Conv2d, removed: Sequence[nn.Conv2d]) -> list[nn.Conv2d]:
+        """See `Experts.convs`."""
+        return [kept, *(c for c in removed if c.weight.shape == kept.weight.shape)]
+
+
+@dataclass(frozen=True)
+class Copies(Experts):
+    """`count` kernels in all: the kept one and copies, with normal noise of `noise` times its std.
+
+    Without noise the kernels would learn alike for ever.
+    """
+
+    count: int = 2
+    noise: float = 0.01
+    router: Router = "sigmoid"
+    seed: int = 0
+
+    def convs(self, kept: nn.Conv2d, removed: Sequence[nn.Conv2d]) -> list[nn.Conv2d]:
+        """See `Experts.convs`."""
+        rng = torch.Generator().manual_seed(self.seed)
+        out = [kept]
+        for _ in range(self.count - 1):
+            other = copy.deepcopy(kept)
+            weight = other.weight.data
+            noise = torch.randn(weight.shape, generator=rng).to(weight)
+            weight += self.noise * weight.std() * noise
+            out.append(other)
+        return out
+
+
+@method("asdm_assembly", example=lambda: Assemble(keep=0.5))
+@dataclass(frozen=True)
+class Assemble(Transform):
+    """Keep some layers of each stage of the network and drop the rest; weights are inherited.
+
+    keep: share of the layers of each stage, evenly spread; 1 keeps all.
+    kept: or the layers themselves, by stage: {"down_blocks.0": (0,), "up_blocks.1": (0, 2)}.
+    middle: whether the middle block of a UNet stays.
+    experts: makes convolutions of shortened stages conditional, with several kernels (ME-CondConv):
+        `Removed()` or `Copies()`; they begin as the kept kernel, bit for bit. `None`: plain ones.
+    where: stages whose layers it forbids stay whole (both of a mirrored pair).
+
+    Without experts the result is a plain diffusers network with a shorter config. It needs healing:
+    `Applied.objective` gives the joint stage, `incubate` the stages before it.
+    """
+
+    keep: float = 0.5
+    kept: Kept | None = None
+    middle: bool = True
+    experts: Experts | None = None
+    where: Where = everywhere
+    kind = "prune"
+
+    def __post_init__(self) -> None:
+        """Check the share."""
+        check_fraction("keep", self.keep)
+        if self.kept is not None:
+            rows = {k: tuple(v) for k, v in self.kept.items()}
+            object.__setattr__(self, "kept", rows)
+
+    def choose(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        """Return the layers that stay, by stage."""
+        if self.kept is not None:
+            return dict(self.kept)
+        plan = even_plan(model, self.keep, self.middle)
+        depth = sum(name.startswith("down_blocks") for name in plan)
+        for name in list(plan):
+            if not self.where(name, model.get_submodule(name)):
+                side, _, i = name.partition(".")
+                other = {"down_blocks": "up_blocks", "up_blocks": "down_blocks"}.get(side)
+                plan.pop(name, None)
+                if other:
+                    plan.pop(f"{other}.{depth - 1 - int(i)}", None)
+        return plan
+
+    def attach(self, model: nn.Module) -> Assembled:
+        """Cut `model` in place; raises `ValueError` where the kept layers do not fit together."""
+        return Assembled(self, model, self.choose(model), None)
+
+    def restore(self, model: nn.Module, plan: Mapping[str, Any]) -> Assembled:
+        """Cut a fresh network as `plan` says, or take one that its config built that short."""
+        kept = {name: tuple(layers) for name, layers in plan["kept"].items()}
+        sizes = stage_sizes(model)
+        short = {n: tuple(range(len(k))) for n, k in kept.items()}
+        done = all(sizes.get(n, 0) == len(k) for n, k in kept.items())
+        return Assembled(self, model, short if done else kept, plan["experts"])
+
+
+class Assembled(Applied):
+    """A network with fewer layers; see `Assemble`."""
+
+    transform: Assemble
+
+    def __init__(
+        self,
+        transform: Assemble,
+        model: nn.Module,
+        kept: Kept,
+        experts: Mapping[str, int] | None,
+    ):
+        self.transform, self.model, self.kept = transform, model, dict(kept)
+        self.finalized = False
+        self._weights: dict[str, torch.Tensor] = {}
+        self.before = sum(p.numel() for p in model.parameters())
+        self.sizes = stage_sizes(model)
+        removed = _removed_convs(model, kept) if transform.experts else {}
+        self._old = cut(model, kept)
+        self.experts: dict[str, int] = {}
+        if experts is not None:
+            for name, count in experts.items():
+                self._mix(name, [_conv(model, name)] * count, "sigmoid")
+        elif transform.experts is not None:
+            for name in [n for n, m in model.named_modules() if type(m) is nn.Conv2d]:
+                layer = name.rpartition(".")[2]
+                stage = ".".join(name.split(".")[:2])
+                if layer in ("conv1", "conv2") and ".resnets." in name and stage in kept:
+                    conv = _conv(model, name)
+                    convs = transform.experts.convs(conv, removed.get((stage, layer), ()))
+                    if len(convs) > 1:
+                        self._mix(name, convs, transform.experts.router)
+
+    def _mix(self, name: str, convs: Sequence[nn.Conv2d], router: Router) -> None:
+        if self.transform.experts is not None:
+            router = self.transform.experts.router
+        parent, _, child = name.rpartition(".")
+        owner = self.model.get_submodule(parent)
+        self._old.append((owner, child, getattr(owner, child)))
+        setattr(owner, child, CondConv2d.from_convs(convs, router=router))
+        self.experts[name] = len(convs)
+
+    def objective(self, teacher: nn.Module) -> Imitate:
+        """Return the joint stage of the distillation: stage features and output, and the task.
+
+        From here on a copy of the weights is kept, for `detach`.
+        """
+        self._weights = self._weights or {
+            n: p.detach().clone() for n, p in self.model.named_parameters()
+        }
+        return Imitate(teacher, self.model, stage_taps(self.model))
+
+    def plan(self) -> dict[str, Any]:
+        """Return the kept layers by stage and the kernels by convolution."""
+        return {"kept": {n: list(k) for n, k in self.kept.items()}, "experts": dict(self.experts)}
+
+    def report(self) -> dict[str, Any]:
+        """Return parameters before and after, and layers by stage."""
+        return {
+            "parameters_before": self.before,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "layers": {n: [len(self.kept.get(n, range(s))), s] for n, s in self.sizes.items()},
+            "conditional_convolutions": len(self.experts),
+        }
+
+    def detach(self) -> None:
+        """Put the dropped layers back, and the weights as they were before healing."""
+        if self.finalized:
+            raise RuntimeError("the assembly was finalized: load the original instead")
+        with torch.no_grad():
+            now = dict(self.model.named_parameters())
+            for name, weight in self._weights.items():
+                now[name].copy_(weight)
+        uncut(self._old)
+        self._old = []
+
+    def finalize(self) -> None:
+        """Let go of the dropped layers."""
+        self._old, self._weights, self.finalized = [], {}, True
+
+
+def assemble(
+    teacher: nn.Module, kept: Kept | float = 0.5, *, experts: Experts | None = None
+) -> nn.Module:
+    """Build a lighter network from a copy of `teacher`: a share of its layers, or those named."""
+    student = copy.deepcopy(teacher)
+    chosen = kept if isinstance(kept, Mapping) else None
+    share = 0.5 if isinstance(kept, Mapping) else kept
+    Assemble(share, chosen, experts=experts).attach(student).finalize()
+    return student
+
+
+def _conv(model: nn.Module, name: str) -> Any:
+    return model.get_submodule(name)
+
+
+def _removed_convs(model: Any, kept: Kept) -> dict[tuple[str, str], list[nn.Conv2d]]:
+    out: dict[tuple[str, str], list[nn.Conv2d]] = {}
+    for stage, layers in kept.items():
+        for i, resnet in enumerate(getattr(model.get_submodule(stage), "resnets", ())):
+            for name in ("conv1", "conv2"):
+                conv = getattr(resnet, name, None)
+                if i not in layers and type(conv) is nn.Conv2d:
+                    out.setdefault((stage, name), []).append(conv)
+    return out
+
+
+# ---- incubation: distill part by part, then jointly
+
+
+def incubate(
+    teacher: nn.Module,
+    batches: Any,
+    kept: Kept | float = 0.5,
+    *,
+    steps: int = 200,
+    joint: int = 400,
+    lr: float = 2e-4,
+    experts: Experts | None = None,
+    rng: torch.Generator | None = None,
+    progress: bool = True,
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """Assemble a lighter network part by part, then tune it as a whole.
+
+    Each part (mirrored stages of a UNet, a row of transformer blocks) is cut out of the hybrid of
+    finished parts and teacher, and only that part is trained to give the teacher's features and
+    output; at the end everything learns together.
+
+    Args:
+        teacher: stays as it is.
+        batches: what `fit` takes: batches with `call`, and perhaps `target` for the task loss.
+        kept: the layers that stay, by stage, or a share.
+        steps: of training a part.
+        joint: steps of training the whole at the end.
+        lr: of AdamW, with warm-up and cosine decay in each phase.
+        experts: see `Assemble`; put in before the joint phase.
+        rng: draws batches.
+        progress: show a bar for each phase.
+
+    Returns:
+        The student, and a row for each phase: its stages, its first and its last loss.
+    """
+    student = copy.deepcopy(teacher)
+    plan = dict(kept) if isinstance(kept, Mapping) else even_plan(teacher, kept)
+    rng = rng if rng is not None else torch.Generator().manual_seed(0)
+    log: list[dict[str, Any]] = []
+
+    def learn(part: Kept, taps: Taps, trained: Sequence[str], count: int) -> None:
+        goal = Imitate(teacher, student, taps, trained=trained)
+        optimizer = torch.optim.AdamW(goal.parameters_of("student"), lr=lr, weight_decay=0.0)
+        done = fit(
+            goal,
+            batches,
+            optimizer,
+            steps=count,
+            rng=rng,
+            schedule=warmup_cosine(),
+            log_every=max(count // 20, 1),
+            progress=progress,
+        )
+        first, last = done.history[0]["loss"], done.history[-1]["loss"]
+        log.append({"stages": list(part), "steps": count, "first": first, "last": last})
+
+    for part in groups(teacher, plan):
+        taps, trained = _neighbors(student, part)
+        Assemble(kept=part, experts=experts).attach(student).finalize()
+        if steps:
+            learn(part, taps, trained, steps)
+    if joint:
+        learn(plan, stage_taps(student), (), joint)
+    return student.eval(), log
+
+
+def _neighbors(model: nn.Module, part: Kept) -> tuple[Taps, tuple[str, ...]]:
+    """Return what to compare after `part` is cut out of `model`, and what may learn then."""
+    ((name, layers), *_) = part.items()
+    if name == "mid_block":
+        last = sum(n.startswith("down_blocks") for n in stage_sizes(model)) - 1
+        return [], (f"down_blocks.{last}", "up_blocks.0")
+    if "_blocks." in name:
+        return [(n, n) for n in part], tuple(part)
+    missing = [i for i in range(stage_sizes(model)[name]) if i not in layers]
+    if missing[0] == 0:
+        return [], (f"{name}.0",)
+    before = f"{name}.{missing[0] - 1}"
+    return [(f"{name}.{missing[-1]}", before)], (before,)

@@ -1,0 +1,206 @@
+"""Stages of a denoiser and the surgery of assembly: keep some layers of each, drop the rest.
+
+A stage is a block of a UNet (`down_blocks.0`, `mid_block`, `up_blocks.1`), whose layers are pairs
+of residual block and attention, or the row of blocks of a transformer. What comes out is a plain
+diffusers network whose config says how many layers each stage has: it saves and loads anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+Kept = Mapping[str, tuple[int, ...]]
+"""Indices of the layers that stay, by stage; a stage that is not named stays whole."""
+
+ROWS = ("transformer_blocks", "single_transformer_blocks")
+_COUNTS = {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}
+
+
+def stage_sizes(model: nn.Module) -> dict[str, int]:
+    """Return the number of layers of each stage, in the order in which they run."""
+    sizes = {row: len(getattr(model, row)) for row in ROWS if hasattr(model, row)}
+    if sizes:
+        return sizes
+    if not hasattr(model, "down_blocks") or not hasattr(model, "up_blocks"):
+        raise TypeError(
+            f"{type(model).__name__} has neither down_blocks nor transformer_blocks: expected a "
+            "diffusers UNet or transformer"
+        )
+    for side in ("down_blocks", "mid_block", "up_blocks"):
+        if side == "mid_block":
+            if getattr(model, side, None) is not None:
+                sizes[side] = 1
+            continue
+        for i, block in enumerate(getattr(model, side)):
+            sizes[f"{side}.{i}"] = len(block.resnets)
+    return sizes
+
+
+def even_plan(model: nn.Module, keep: float, middle: bool = True) -> dict[str, tuple[int, ...]]:
+    """Keep the share `keep` of each stage, evenly spread and the first always among them.
+
+    A decoder stage keeps as many as its encoder stage and its last layer, which takes the skip from
+    the stage above: half of two and three layers is BK-SDM's choice, (0,) and (0, 2).
+    """
+    sizes = stage_sizes(model)
+    plan: dict[str, tuple[int, ...]] = {}
+    depth = sum(name.startswith("down_blocks") for name in sizes)
+    for name, size in sizes.items():
+        if name == "mid_block":
+            plan[name] = (0,) if middle else ()
+        elif name.startswith("up_blocks"):
+            mirror = depth - 1 - int(name.rpartition(".")[2])
+            plan[name] = (*_spread(size - 1, len(plan[f"down_blocks.{mirror}"])), size - 1)
+        else:
+            plan[name] = _spread(size, max(1, math.ceil(keep * size - 1e-9)))
+    return plan
+
+
+def _spread(size: int, count: int) -> tuple[int, ...]:
+    return tuple(i * size // count for i in range(count))
+
+
+def groups(model: nn.Module, kept: Kept) -> list[dict[str, tuple[int, ...]]]:
+    """Split a plan into parts that can be cut one after another: mirrored stages, the middle.
+
+    A transformer gives one part for each row of dropped blocks, the last row first, so that the
+    indices of the parts to come stay valid.
+    """
+    sizes = stage_sizes(model)
+    out: list[dict[str, tuple[int, ...]]] = []
+    rows = [name for name in sizes if name in ROWS and name in kept]
+    for name in rows:
+        size, stays = sizes[name], set(kept[name])
+        dropped = [i for i in range(size) if i not in stays]
+        while dropped:
+            run = [dropped.pop()]
+            while dropped and dropped[-1] == run[-1] - 1:
+                run.append(dropped.pop())
+            now = tuple(i for i in range(size) if i not in run)
+            size = len(now)
+            out.append({name: now})
+    if rows:
+        return out
+    depth = sum(name.startswith("down_blocks") for name in sizes)
+    for i in range(depth):
+        pair = (f"down_blocks.{i}", f"up_blocks.{depth - 1 - i}")
+        part = {n: kept[n] for n in pair if n in kept and len(kept[n]) < sizes[n]}
+        if part:
+            out.append(part)
+    if "mid_block" in kept and not kept["mid_block"] and "mid_block" in sizes:
+        out.append({"mid_block": ()})
+    return out
+
+
+def check_plan(model: Any, kept: Kept) -> None:
+    """Raise `ValueError` unless the layers kept in `kept` fit together."""
+    sizes = stage_sizes(model)
+    for name, layers in kept.items():
+        if name not in sizes:
+            raise ValueError(f"no stage {name!r}: expected one of {', '.join(sizes)}")
+        if list(layers) != sorted(set(layers)) or not all(0 <= i < sizes[name] for i in layers):
+            raise ValueError(
+                f"{name}: layers {layers} of {sizes[name]}: expected rising indices within it"
+            )
+        if not layers and name != "mid_block":
+            raise ValueError(f"{name}: expected at least one layer to stay")
+    if any(row in sizes for row in ROWS):
+        first = getattr(model, ROWS[0])[0]
+        if hasattr(getattr(first, "norm1", None), "emb") and 0 not in kept.get(ROWS[0], (0,)):
+            raise ValueError(
+                f"{ROWS[0]}: expected block 0 to stay, the output layer takes its embedding"
+            )
+        return
+    _check_skips(model, {n: tuple(kept.get(n, range(size))) for n, size in sizes.items()})
+
+
+def _check_skips(model: Any, kept: Kept) -> None:
+    """Follow the channels through the encoder's kept layers and the decoder's."""
+    flow = model.conv_in.out_channels
+    skips = [flow]
+    for i, block in enumerate(model.down_blocks):
+        name = f"down_blocks.{i}"
+        for j in kept[name]:
+            _fits(name, j, block.resnets[j].in_channels, flow)
+            flow = block.resnets[j].out_channels
+            skips.append(flow)
+        for sampler in block.downsamplers or ():
+            flow = sampler.out_channels
+            skips.append(flow)
+    depth = len(model.down_blocks)
+    for i, block in enumerate(model.up_blocks):
+        name, mirror = f"up_blocks.{i}", f"down_blocks.{depth - 1 - i}"
+        if len(kept[name]) != len(kept[mirror]) + 1:
+            raise ValueError(
+                f"{name} keeps {len(kept[name])} layers and {mirror} {len(kept[mirror])}: expected "
+                "one more than in its mirror image, each takes a skip"
+            )
+        for j in kept[name]:
+            _fits(name, j, block.resnets[j].in_channels, flow + skips.pop())
+            flow = block.resnets[j].out_channels
+
+
+def _fits(stage: str, layer: int, takes: int, comes: int) -> None:
+    if takes != comes:
+        raise ValueError(
+            f"{stage}: layer {layer} takes {takes} channels where {comes} come; keep the first and "
+            "the last layer of a stage, whose widths differ from the others"
+        )
+
+
+def cut(model: Any, kept: Kept) -> list[tuple[Any, str, Any]]:
+    """Drop all other layers, in place, config included; return what `uncut` puts back."""
+    check_plan(model, kept)
+    old: list[tuple[Any, str, Any]] = [(model, "_internal_dict", model._internal_dict)]
+
+    def put(owner: Any, name: str, value: Any) -> None:
+        old.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
+    for name, layers in kept.items():
+        if name == "mid_block":
+            if not layers:
+                put(model, name, None)
+            continue
+        owner = model if name in ROWS else model.get_submodule(name)
+        for rows in (name,) if name in ROWS else ("resnets", "attentions"):
+            row = getattr(owner, rows, None)
+            if row is not None and len(layers) < len(row):
+                put(owner, rows, nn.ModuleList([row[i] for i in layers]))
+    try:
+        model.register_to_config(**_counts(model))
+    except ValueError:
+        uncut(old)
+        raise
+    return old
+
+
+def _counts(model: Any) -> dict[str, Any]:
+    """Return the config entries that say how many layers there are."""
+    sizes = stage_sizes(model)
+    if any(row in sizes for row in ROWS):
+        return {_COUNTS[row]: sizes[row] for row in ROWS if row in sizes}
+    layers = tuple(n for name, n in sizes.items() if name.startswith("down_blocks"))
+    out: dict[str, Any] = {}
+    if len(set(layers)) == 1:
+        out["layers_per_block"] = layers[0]
+    elif isinstance(model.config.get("cross_attention_dim", None), (int, tuple, list)):
+        out["layers_per_block"] = layers
+    else:
+        raise ValueError(
+            f"{layers} layers a stage: the config of a {type(model).__name__} knows one number for "
+            "all stages; keep as many in each"
+        )
+    if "mid_block" not in sizes:
+        out["mid_block_type"] = None
+    return out
+
+
+def uncut(old: list[tuple[Any, str, Any]]) -> None:
+    """Put back what `cut` took, last first."""
+    for owner, name, value in reversed(old):
+        setattr(owner, name, value)
