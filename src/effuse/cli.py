@@ -169,9 +169,9 @@ def methods(
         console.print(table)
         return
     if name not in known:
-        from effuse.recipe import _nearest
+        from effuse.core.fields import nearest
 
-        raise ValueError(f"no method {name!r}{_nearest(name, known)}")
+        raise ValueError(f"no method {name!r}{nearest(name, known)}")
     card = known[name]
     if as_json:
         console.print_json(json.dumps(facts(card)))
@@ -196,7 +196,7 @@ def prove(
 
     if (name is None) == (not everything):
         raise ValueError("expected one method's name, or --all")
-    for one in proofs.names() if everything else [name]:
+    for one in proofs.names() if name is None else [name]:
         evidence = proofs.prove(one, size=size, out=out)
         console.print(evidence.summary())
 

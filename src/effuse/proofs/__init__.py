@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from effuse.core.errors import check_choice
 
@@ -117,7 +117,7 @@ def names() -> list[str]:
     return sorted(i.name for i in pkgutil.iter_modules(__path__) if not i.name.startswith("_"))
 
 
-def prove(name: str, size: Size = "small", out: str | Path | None = "evidence") -> Evidence:
+def prove(name: str, size: str = "small", out: str | Path | None = "evidence") -> Evidence:
     """Run the proof of a method and write `out`/NAME.json.
 
     Args:
@@ -128,7 +128,7 @@ def prove(name: str, size: Size = "small", out: str | Path | None = "evidence") 
     Raises:
         ValueError: no such proof, or no such size.
     """
-    scale = Scale(size)
+    scale = Scale(cast(Size, size))
     if name not in names():
         raise ValueError(f"no proof of {name!r}: expected one of {', '.join(names())}")
     importlib.import_module(f"effuse.proofs.{name}")
