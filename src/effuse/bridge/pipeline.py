@@ -1,0 +1,672 @@
+"""Diffusers in: a pipeline's network as a denoiser, with its codec and its conditions.
+
+In one call, `effuse.wrap(pipe).sample(["a red apple"], steps=25)`; by hand:
+
+    model = effuse.wrap(pipe)
+    cond = model.embed(["a red apple"], guided=True)
+    times = model.grid(model.process, 25)
+    x = effuse.sample(model.guide(7.5).given(**cond), DDIM(), model.prior(1, rng=rng), times)
+    pictures = model.codec.decode(x)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effuse.core import Denoiser, Prediction, Solver, Time, sample
+from effuse.ops import randn_like
+from effuse.processes import Grid
+
+from .table import AsScheduler, Clipped, Schedule, grid_of, predict, solver_named
+
+__all__ = ["Codec", "Guided", "Network", "Wrapped", "grid_of", "wrap"]
+
+Prompts = str | Sequence[str]
+# Conditions that are the same for every row and have no batch dimension.
+_SHARED = ("txt_ids", "img_ids")
+
+
+class Network(Denoiser):
+    """A diffusers UNet or transformer as a denoiser.
+
+    Conditions are the keyword arguments of the network's own forward. The network runs in its own
+    dtype; x and the coefficients stay as they are, so give x in float32 or better.
+
+    Args:
+        network: the module.
+        schedule: how it was trained.
+    """
+
+    def __init__(self, network: nn.Module, schedule: Schedule):
+        super().__init__()
+        self.network, self.schedule, self.process = network, schedule, schedule.process
+
+    def forward(self, x: Tensor, t: Time, **cond: Any) -> Prediction:
+        """Predict from x: (B, C, H, W); see `Denoiser.forward`."""
+        if "negative" in cond:
+            raise ValueError(
+                "conditions with a negative half: expected a guided denoiser, as Wrapped.guide "
+                "gives, or embed(..., guided=False)"
+            )
+        label = torch.as_tensor(self.schedule.label(t), device=x.device).float().expand(len(x))
+        return predict(self.schedule.kind, self.output(x, label, **cond), x, t, self.process)
+
+    def output(self, x: Tensor, label: Tensor, **cond: Any) -> Tensor:
+        """Call the network on x: (B, C, H, W) with its time labels, (B,)."""
+        dtype = next(self.network.parameters()).dtype
+        return self.network(x.to(dtype), timestep=label, return_dict=False, **cond)[0]
+
+
+class Packed(Network):
+    """FLUX: latents go in as tokens of 2 x 2, labels as sigma in [0, 1]."""
+
+    def output(self, x: Tensor, label: Tensor, **cond: Any) -> Tensor:
+        """Pack x: (B, C, H, W) to (B, HW / 4, 4C), call, and unpack."""
+        b, c, h, w = x.shape
+        dtype = next(self.network.parameters()).dtype
+        tokens = x.to(dtype).reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+        grid = torch.meshgrid(torch.arange(h // 2), torch.arange(w // 2), indexing="ij")
+        ids = torch.stack([torch.zeros(h // 2, w // 2), *grid], -1)
+        out = self.network(
+            tokens.reshape(b, h * w // 4, 4 * c),
+            timestep=(label / self.schedule.count).to(dtype),
+            img_ids=ids.reshape(-1, 3).to(tokens),
+            return_dict=False,
+            **cond,
+        )[0]
+        out = out.reshape(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5)
+        return out.reshape(b, c, h, w)
+
+
+class Guided(Denoiser):
+    """Classifier-free guidance in one call of the double batch.
+
+    negative + scale (positive - negative), on the pair: diffusers' meaning of the scale, so 1 is
+    the conditional prediction. Takes the conditions with a dict `negative` among them, of the same
+    keys and shapes.
+    """
+
+    def __init__(self, base: Denoiser, scale: float):
+        super().__init__()
+        self.base, self.scale, self.process = base, scale, base.process
+
+    def forward(
+        self, x: Tensor, t: Time, *, negative: Mapping[str, Any] | None = None, **cond: Any
+    ) -> Prediction:
+        """Predict; see `Denoiser.forward`."""
+        if negative is None:
+            raise ValueError(
+                f"guidance {self.scale:g} without an unconditional branch: expected conditions "
+                "from embed(..., guided=True)"
+            )
+        both = _joined(negative, cond, len(x))
+        if isinstance(t, Tensor) and t.ndim:
+            t = torch.cat([t, t]) if len(t) > 1 else t
+        pair = self.base(torch.cat([x, x]), t, **both)
+        (x0, x0_), (noise, noise_) = pair.x0.chunk(2), pair.noise.chunk(2)
+        return Prediction(x0, noise).mix(Prediction(x0_, noise_), self.scale)
+
+
+def _joined(a: Mapping[str, Any], b: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    if a.keys() != b.keys():
+        raise ValueError(
+            f"negative conditions {sorted(a)} beside {sorted(b)}: expected the same keys"
+        )
+    out: dict[str, Any] = {}
+    for key, value in b.items():
+        if isinstance(value, Mapping):
+            out[key] = _joined(a[key], value, rows)
+        elif isinstance(value, Tensor) and value.ndim and key not in _SHARED:
+            out[key] = torch.cat([_rows(a[key], rows, key), _rows(value, rows, key)])
+        else:
+            out[key] = value
+    return out
+
+
+def _rows(value: Tensor, rows: int, key: str) -> Tensor:
+    if len(value) not in (1, rows):
+        raise ValueError(f"condition {key} has {len(value)} rows for {rows} samples")
+    return value.expand(rows, *value.shape[1:])
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Pictures to latents and back; the identity but for the range where there is no autoencoder.
+
+    z = ((vae(2 picture - 1) - shift) scale, pictures in [0, 1]; with latents_mean and latents_std,
+    z = (vae(...) - mean) scale / std.
+
+    vae: the autoencoder, or None. factor: pixels to a latent, along each side.
+    """
+
+    vae: nn.Module | None
+    factor: int = 1
+
+    def encode(self, pictures: Tensor, *, rng: torch.Generator | None = None) -> Tensor:
+        """Return latents (B, C, h, w) of pictures: (B, 3, H, W) in [0, 1].
+
+        The mean of the code by default; a draw from it with `rng`.
+
+        Raises:
+            ValueError: no such pictures, or a side that the factor does not divide.
+        """
+        if pictures.ndim != 4 or any(side % self.factor for side in pictures.shape[-2:]):
+            raise ValueError(
+                f"pictures of shape {tuple(pictures.shape)}: expected (B, 3, H, W) with sides "
+                f"divisible by {self.factor}"
+            )
+        x = 2 * pictures - 1
+        if self.vae is None:
+            return x
+        with self._full() as vae:
+            law = vae.encode(x.to(vae.dtype)).latent_dist
+            z = law.mean if rng is None else law.mean + law.std * randn_like(law.mean, rng)
+        z = z.to(pictures.dtype)
+        mean, scale = self._affine(z)
+        return (z - mean) * scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return pictures (B, 3, H, W), in [0, 1] up to overshoot, of latents: (B, C, h, w)."""
+        if self.vae is None:
+            return latents / 2 + 0.5
+        mean, scale = self._affine(latents)
+        z = latents / scale + mean
+        with self._full() as vae:
+            x = vae.decode(z.to(vae.dtype), return_dict=False)[0]
+        return x.to(latents.dtype) / 2 + 0.5
+
+    def _affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        config: Any = self.vae.config  # type: ignore[union-attr]
+        scale = torch.as_tensor(config.scaling_factor).to(like)
+        mean, std = (getattr(config, k, None) for k in ("latents_mean", "latents_std"))
+        if mean is not None and std is not None:
+            mean, std = (torch.tensor(c).view(1, -1, 1, 1).to(like) for c in (mean, std))
+            return mean, scale / std
+        return torch.as_tensor(getattr(config, "shift_factor", None) or 0.0).to(like), scale
+
+    @contextlib.contextmanager
+    def _full(self) -> Iterator[Any]:
+        """Lend the autoencoder, in float32 where half precision is known to overflow."""
+        vae: Any = self.vae
+        if not (vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)):
+            yield vae
+            return
+        vae.to(torch.float32)
+        try:
+            yield vae
+        finally:
+            vae.to(torch.float16)
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """A diffusers pipeline in our words; it shares the pipeline's modules, nothing is copied.
+
+    pipe: the pipeline. network: its UNet or transformer. schedule: how that was trained.
+    denoiser: the network as a denoiser, unguided. codec: pictures to samples and back.
+    shape: (C, h, w) of one sample. grid: the levels the pipeline's own scheduler would take.
+    """
+
+    pipe: Any
+    network: nn.Module
+    schedule: Schedule
+    codec: Codec
+    shape: tuple[int, int, int]
+    family: Family
+
+    @property
+    def config(self) -> Any:
+        """The network's own config."""
+        return self.network.config
+
+    @property
+    def process(self) -> Any:
+        """What spoiled the data that the network was trained on."""
+        return self.schedule.process
+
+    @property
+    def grid(self) -> Grid:
+        """The levels the pipeline's own scheduler would take."""
+        return AsScheduler(self.schedule)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The network as a denoiser; takes what `embed` gives."""
+        return self._clipped(self._bare())
+
+    def guide(self, scale: float) -> Denoiser:
+        """Return the denoiser under classifier-free guidance; takes `embed(..., guided=True)`."""
+        return self._clipped(Guided(self._bare(), scale))
+
+    def _bare(self) -> Network:
+        return (Packed if self.family.packed else Network)(self.network, self.schedule)
+
+    def _clipped(self, base: Denoiser) -> Denoiser:
+        # after guidance, as diffusers does it
+        return base if self.schedule.clip is None else Clipped(base, self.schedule.clip)
+
+    def at(self, size: int | tuple[int, int] | None) -> Wrapped:
+        """Return the same for pictures of another size, (height, width) in pixels.
+
+        Raises:
+            ValueError: a side that the codec's factor (twice that for FLUX) does not divide.
+        """
+        if size is None:
+            return self
+        sides = (size, size) if isinstance(size, int) else size
+        unit = self.codec.factor * self.family.patch
+        if any(side < unit or side % unit for side in sides):
+            raise ValueError(f"size={size}: expected sides in pixels divisible by {unit}")
+        h, w = (side // self.codec.factor for side in sides)
+        out = replace(self, shape=(self.shape[0], h, w))
+        return replace(out, schedule=_schedule(self.pipe, self.family, out.shape))
+
+    def prior(self, count: int, *, rng: torch.Generator | None = None) -> Tensor:
+        """Draw standard normal noise of `count` samples; (count, C, h, w) float32."""
+        like = torch.empty(count, *self.shape, device=self.device)
+        return randn_like(like, rng)
+
+    def embed(
+        self,
+        what: Prompts | Sequence[int] | int,
+        negative: Prompts | None = None,
+        *,
+        guided: bool = False,
+        **more: Any,
+    ) -> dict[str, Any]:
+        """Return the conditions that the denoiser takes.
+
+        Args:
+            what: prompts; or class labels (numbers or names); or a count for an unconditional one.
+            negative: prompts to keep away from, one or one a prompt; implies `guided`.
+            guided: add the unconditional half under "negative", with the pipeline's own empty
+                prompt if none is given.
+            **more: passed on to the pipeline's `encode_prompt` (clip_skip, prompt_2, ...).
+
+        Raises:
+            ValueError: no prompts, or guidance where the pipeline has no unconditional branch.
+        """
+        what = listed(what)
+        return self.family.embed(self, what, negative, guided or negative is not None, **more)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        what: Prompts | Sequence[int] | int = 1,
+        solver: Solver | None = None,
+        *,
+        steps: int | None = None,
+        grid: Grid | None = None,
+        guidance: float | None = None,
+        negative: Prompts | None = None,
+        rng: torch.Generator | None = None,
+        size: int | tuple[int, int] | None = None,
+        latents: Tensor | None = None,
+        on_step: Callable[..., Tensor | None] | None = None,
+        decode: bool = True,
+    ) -> Tensor:
+        """Sample pictures.
+
+        Args:
+            what: prompts, class labels, or a count; see `embed`.
+            solver: deterministic DDIM by default.
+            steps: the pipeline's own default if not given.
+            grid: where the steps are; the pipeline's own if not given.
+            guidance: diffusers' scale; the pipeline's own default if not given, 1 for none.
+            negative: prompts to keep away from.
+            rng: draws the start and all noise.
+            size: (height, width) in pixels; the pipeline's own default if not given.
+            latents: (B, C, h, w) standard normal noise to start from, instead of a draw.
+            on_step: see `effuse.sample`.
+            decode: whether to decode; else the sample itself is given.
+
+        Returns:
+            (B, 3, H, W) pictures in [0, 1], or (B, C, h, w).
+
+        Raises:
+            ValueError: an argument that makes no sense for this pipeline.
+        """
+        model, what = self.at(size), listed(what)
+        count = what if isinstance(what, int) else len(what)
+        steps = _default(self.pipe, "num_inference_steps", 50) if steps is None else steps
+        scale = _default(self.pipe, "guidance_scale", 1.0) if guidance is None else guidance
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps={steps!r}: expected a positive integer")
+        x = model.prior(count, rng=rng) if latents is None else latents.float().to(self.device)
+        if x.shape != (count, *model.shape):
+            raise ValueError(f"latents of shape {tuple(x.shape)}: expected {(count, *model.shape)}")
+        guided, told = model.family.guides(model, scale, guidance is not None)
+        cond = model.embed(what, negative, guided=True) if guided else model.embed(what)
+        cond |= told
+        if guided:
+            cond["negative"] |= told
+        denoiser = (model.guide(scale) if guided else model.denoiser).given(**cond)
+        own = model.schedule.walk(steps)
+        times = own.levels if grid is None else grid(model.process, steps)
+        solver = solver_named("ddim") if solver is None else solver
+        out = sample(denoiser, solver, own.start * x, times, rng=rng, on_step=on_step)
+        return model.codec.decode(out).clamp(0, 1) if decode else out
+
+
+def listed(what: Any) -> Any:
+    """Return prompts or labels as a list, a count as it is; none of them is an error."""
+    if isinstance(what, bool) or (isinstance(what, int) and what < 1):
+        raise ValueError(f"{what!r} samples: expected a positive count")
+    if isinstance(what, int):
+        return what
+    if isinstance(what, str):
+        return [what]
+    out = what.tolist() if isinstance(what, Tensor) else list(what)
+    if not out:
+        raise ValueError("no prompts: expected at least one prompt or label")
+    return out
+
+
+def _default(pipe: Any, name: str, otherwise: Any) -> Any:
+    parameter = inspect.signature(type(pipe).__call__).parameters.get(name)
+    return otherwise if parameter is None else parameter.default
+
+
+class Family:
+    """What differs between the networks: conditions, guidance, the start of a sample's shape."""
+
+    packed, patch = False, 1
+
+    def embed(self, model: Wrapped, what: Any, negative: Any, guided: bool) -> dict[str, Any]:
+        """Return the conditions; see `Wrapped.embed`."""
+        raise NotImplementedError
+
+    def guides(self, model: Wrapped, scale: float, asked: bool) -> tuple[bool, dict[str, Any]]:
+        """Return whether a scale means two branches, and what the network is told of it."""
+        return scale > 1, {}
+
+    def side(self, pipe: Any, network: Any) -> Any:
+        """Return the default side, or sides, of a sample."""
+        return network.config.sample_size
+
+
+class Pixels(Family):
+    """UNet2DModel: unconditional, or with class labels."""
+
+    def embed(self, model: Wrapped, what: Any, negative: Any, guided: bool) -> dict[str, Any]:
+        """Return class labels, if the network has them."""
+        if guided:
+            raise ValueError(
+                f"{type(model.pipe).__name__} has no unconditional branch: expected guidance=1 or "
+                "None, and no negative prompt"
+            )
+        classes = model.config.num_class_embeds
+        if classes is None:
+            if not isinstance(what, int):
+                raise ValueError(f"{what!r}: this pipeline is unconditional, expected a count")
+            return {}
+        return {"class_labels": _labels(what, classes, {}, model.device)}
+
+    def guides(self, model: Wrapped, scale: float, asked: bool) -> tuple[bool, dict[str, Any]]:
+        """Refuse any scale but one."""
+        return scale != 1, {}
+
+
+def _labels(what: Any, classes: int, names: Mapping[str, int], device: Any) -> Tensor:
+    if isinstance(what, int):
+        raise ValueError(f"{what} samples: expected a list of class labels in [0, {classes})")
+    out = []
+    for label in what:
+        number = names.get(label, label)
+        if not isinstance(number, int) or not 0 <= number < classes:
+            known = f" or one of {list(names)[:5]} ..." if names else ""
+            raise ValueError(f"label {label!r}: expected a number in [0, {classes}){known}")
+        out.append(number)
+    return torch.tensor(out, device=device)
+
+
+class Classes(Family):
+    """DiTTransformer2DModel: class labels, the one past the last is none."""
+
+    patch = 2
+
+    def embed(self, model: Wrapped, what: Any, negative: Any, guided: bool) -> dict[str, Any]:
+        """Return class labels."""
+        if negative is not None:
+            raise ValueError("negative prompts: this pipeline knows class labels only")
+        classes = model.config.num_embeds_ada_norm
+        labels = _labels(what, classes, getattr(model.pipe, "labels", {}), model.device)
+        out: dict[str, Any] = {"class_labels": labels}
+        if guided:
+            out["negative"] = {"class_labels": torch.full_like(labels, classes)}
+        return out
+
+
+class Texts(Family):
+    """Prompts, through the pipeline's own `encode_prompt`."""
+
+    def embed(
+        self, model: Wrapped, what: Any, negative: Any, guided: bool, **more: Any
+    ) -> dict[str, Any]:
+        """Return what the network is told of the prompts."""
+        if isinstance(what, int) or not all(isinstance(p, str) for p in what):
+            raise ValueError(f"{what!r}: expected prompts, a string or a list of strings")
+        if isinstance(negative, str):
+            negative = [negative] * len(what)
+        if negative is not None and len(negative) != len(what):
+            raise ValueError(
+                f"{len(negative)} negative prompts for {len(what)}: expected one, or as many"
+            )
+        missing = [n for n in ("text_encoder", "tokenizer") if getattr(model.pipe, n, None) is None]
+        if missing:
+            raise ValueError(
+                f"the pipeline has no {' and no '.join(missing)}: load it whole, or make the "
+                "conditions yourself"
+            )
+        with torch.no_grad():
+            own, other = self.encode(model, what, negative, guided, **more)
+        return {**own, "negative": other} if guided else own
+
+    def encode(
+        self, model: Wrapped, what: Any, negative: Any, guided: bool, **more: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the conditions of the prompts and of what to keep away from."""
+        out = model.pipe.encode_prompt(what, model.device, 1, guided, negative, **more)
+        return {"encoder_hidden_states": out[0]}, {"encoder_hidden_states": out[1]}
+
+    def guides(self, model: Wrapped, scale: float, asked: bool) -> tuple[bool, dict[str, Any]]:
+        """Tell a network with guidance distilled in; two branches for the others."""
+        width = getattr(model.config, "time_cond_proj_dim", None)
+        if width is None:
+            return scale > 1, {}
+        w = torch.tensor([float(scale) - 1])
+        told = model.pipe.get_guidance_scale_embedding(w, embedding_dim=width)
+        dtype = next(model.network.parameters()).dtype
+        return False, {"timestep_cond": told.to(model.device, dtype)}
+
+
+class TextsXL(Texts):
+    """SDXL: pooled text and six numbers of size and crop besides."""
+
+    def encode(
+        self, model: Wrapped, what: Any, negative: Any, guided: bool, **more: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the conditions; see `Texts.encode`."""
+        out = model.pipe.encode_prompt(
+            prompt=what,
+            device=model.device,
+            do_classifier_free_guidance=guided,
+            negative_prompt=negative,
+            **more,
+        )
+        size = [side * model.codec.factor for side in model.shape[1:]]
+        ids = torch.tensor([[*size, 0, 0, *size]] * len(what)).to(out[0])
+        mine, other = (
+            {
+                "encoder_hidden_states": text,
+                "added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids},
+            }
+            for text, pooled in ((out[0], out[2]), (out[1], out[3]))
+        )
+        return mine, other
+
+
+class TextsPixArt(Texts):
+    """PixArt: masked T5 text, and the resolution for the 1024 pixel models."""
+
+    patch = 2
+
+    def encode(
+        self, model: Wrapped, what: Any, negative: Any, guided: bool, **more: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the conditions; see `Texts.encode`."""
+        text, mask, text_, mask_ = model.pipe.encode_prompt(
+            what, guided, "" if negative is None else negative, device=model.device, **more
+        )
+        h, w = (side * model.codec.factor for side in model.shape[1:])
+        added: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
+        if model.config.sample_size == 128:
+            added["resolution"] = torch.tensor([[h, w]] * len(what)).to(text)
+            added["aspect_ratio"] = torch.tensor([[h / w]] * len(what)).to(text)
+        mine, other = (
+            {
+                "encoder_hidden_states": a,
+                "encoder_attention_mask": b,
+                "added_cond_kwargs": added,
+            }
+            for a, b in ((text, mask), (text_, mask_))
+        )
+        return mine, other
+
+
+class TextsSD3(Texts):
+    """SD3: three encoders and the pooled text of two."""
+
+    patch = 2
+
+    def encode(
+        self, model: Wrapped, what: Any, negative: Any, guided: bool, **more: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the conditions; see `Texts.encode`."""
+        more = {"prompt_2": None, "prompt_3": None, **more}
+        text, text_, pooled, pooled_ = model.pipe.encode_prompt(
+            what,
+            device=model.device,
+            do_classifier_free_guidance=guided,
+            negative_prompt=negative,
+            **more,
+        )
+        mine, other = (
+            {"encoder_hidden_states": a, "pooled_projections": b}
+            for a, b in ((text, pooled), (text_, pooled_))
+        )
+        return mine, other
+
+
+class TextsFlux(Texts):
+    """FLUX: the scale is told to the network; a negative prompt adds a true second branch."""
+
+    packed, patch = True, 2
+
+    def encode(
+        self, model: Wrapped, what: Any, negative: Any, guided: bool, **more: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the conditions; see `Texts.encode`."""
+
+        def one(prompts: Any) -> dict[str, Any]:
+            text, pooled, ids = model.pipe.encode_prompt(
+                prompts, more.get("prompt_2"), device=model.device, **_rest(more)
+            )
+            told = {"encoder_hidden_states": text, "pooled_projections": pooled, "txt_ids": ids}
+            if model.config.guidance_embeds:
+                scale = _default(model.pipe, "guidance_scale", 3.5)
+                told["guidance"] = torch.full((len(prompts),), float(scale), device=model.device)
+            return told
+
+        return one(what), one(negative or [""] * len(what)) if guided else {}
+
+    def guides(self, model: Wrapped, scale: float, asked: bool) -> tuple[bool, dict[str, Any]]:
+        """Tell the network the scale."""
+        if model.config.guidance_embeds:
+            return False, {"guidance": torch.tensor([float(scale)], device=model.device)}
+        # the pipeline's default belongs to the embedding: without one it means no guidance
+        return asked and scale > 1, {}
+
+    def side(self, pipe: Any, network: Any) -> Any:
+        """Return the pipeline's own, the network has none."""
+        return pipe.default_sample_size
+
+
+def _rest(more: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in more.items() if k != "prompt_2"}
+
+
+_FAMILIES: dict[str, Family] = {
+    "UNet2DModel": Pixels(),
+    "UNet2DConditionModel": Texts(),
+    "DiTTransformer2DModel": Classes(),
+    "PixArtTransformer2DModel": TextsPixArt(),
+    "SD3Transformer2DModel": TextsSD3(),
+    "FluxTransformer2DModel": TextsFlux(),
+}
+
+
+def wrap(pipe: Any) -> Wrapped:
+    """Return a diffusers pipeline in our words.
+
+    Known by their network: DDPM and DDIM pipelines (UNet2DModel), Stable Diffusion 1.x, 2.x and XL
+    (UNet2DConditionModel), DiT, PixArt Alpha and Sigma, Stable Diffusion 3, FLUX; image-to-image
+    and inpainting variants of the same components too.
+
+    Raises:
+        TypeError: it is no such pipeline.
+        ValueError: a component is missing, or the network wants more than a noisy sample.
+    """
+    network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    names = [c.__name__ for c in type(network).__mro__]
+    family = next((_FAMILIES[n] for n in names if n in _FAMILIES), None)
+    if network is None or family is None:
+        raise TypeError(
+            f"{type(pipe).__name__} with a {names[0]}: expected a diffusers pipeline with one of "
+            f"{', '.join(_FAMILIES)} as its unet or transformer"
+        )
+    if getattr(pipe, "scheduler", None) is None:
+        raise ValueError(f"{type(pipe).__name__} has no scheduler: load the pipeline whole")
+    config: Any = network.config
+    if isinstance(family, Texts) and getattr(config, "addition_embed_type", None) == "text_time":
+        family = TextsXL()
+    vae = getattr(pipe, "vae", None)
+    if vae is None and not isinstance(family, Pixels):
+        raise ValueError(f"{type(pipe).__name__} has no vae: load the pipeline whole")
+    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    channels = config.in_channels // (4 if family.packed else 1)
+    if vae is not None and channels != vae.config.latent_channels:
+        raise ValueError(
+            f"the network takes {channels} channels beside {vae.config.latent_channels} of a "
+            "latent: networks that also take a mask or a picture are not supported, wrap a "
+            "pipeline with the plain network"
+        )
+    side = family.side(pipe, network)
+    h, w = (side, side) if isinstance(side, int) else side
+    shape = (channels, h, w)
+    return Wrapped(pipe, network, _schedule(pipe, family, shape), Codec(vae, factor), shape, family)
+
+
+def _schedule(pipe: Any, family: Family, shape: tuple[int, int, int]) -> Schedule:
+    """Read the scheduler; a dynamic shift follows the sample's size, as in the pipelines."""
+    schedule = Schedule(pipe.scheduler, even=family.packed)
+    c = schedule.config
+    if not c.get("use_dynamic_shifting"):
+        return schedule
+    tokens = shape[1] * shape[2] // family.patch**2
+    low, high = c.get("base_shift", 0.5), c.get("max_shift", 1.15)
+    few, many = c.get("base_image_seq_len", 256), c.get("max_image_seq_len", 4096)
+    mu = low + (high - low) * (tokens - few) / (many - few)
+    return Schedule(pipe.scheduler, mu, even=family.packed)
