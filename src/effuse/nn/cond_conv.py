@@ -111,8 +111,8 @@ class CondConv2d(nn.Module):
         bias = torch.stack(biases) if biases else None
         offset = None
         if exact:
-            rest = 0.5 if router == "sigmoid" else 1 / len(convs)
-            offset = torch.full((len(convs),), -rest)
+            start = weight.new_zeros(len(convs))
+            offset = -(start.sigmoid() if router == "sigmoid" else start.softmax(-1))
             offset[0] += 1
         out = cls(
             weight.clone(),

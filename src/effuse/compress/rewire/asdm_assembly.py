@@ -396,7 +396,7 @@ def incubate(
     Returns:
         The student, and a row for each phase: its stages, its first and its last loss.
     """
-    student = copy.deepcopy(teacher)
+    student = copy.deepcopy(teacher).requires_grad_(True)
     plan = dict(kept) if isinstance(kept, Mapping) else even_plan(teacher, kept)
     rng = rng if rng is not None else torch.Generator().manual_seed(0)
     log: list[dict[str, Any]] = []

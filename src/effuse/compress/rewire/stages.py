@@ -172,7 +172,9 @@ def cut(model: Any, kept: Kept) -> list[tuple[Any, str, Any]]:
             if row is not None and len(layers) < len(row):
                 put(owner, rows, nn.ModuleList([row[i] for i in layers]))
     try:
-        model.register_to_config(**_counts(model))
+        counts = _counts(model)
+        left = [n for n in model.config.get("_use_default_values", ()) if n not in counts]
+        model.register_to_config(**counts, _use_default_values=left)
     except ValueError:
         uncut(old)
         raise

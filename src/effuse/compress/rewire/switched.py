@@ -236,7 +236,8 @@ def _switched() -> type:
             folder = Path(save_directory)
             folder.mkdir(parents=True, exist_ok=True)
             kinds = []
-            for i, model in enumerate(self.models):
+            networks: Any = self.models
+            for i, model in enumerate(networks):
                 model.save_pretrained(folder / f"network_{i}", **kwargs)
                 root = type(model).__module__
                 kinds.append(
