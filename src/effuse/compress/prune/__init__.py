@@ -1,0 +1,1 @@
+"""Transforms that take parts of a network away."""
