@@ -16,18 +16,16 @@ A second class of a method is written with a dot: `momentum.GHVB: {order: 2.7}`.
 from __future__ import annotations
 
 import copy
-import dataclasses
-import difflib
-import inspect
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effuse.core.contracts import Applied, Solver, Transform
+from effuse.core.contracts import Applied, Objective, Solver, Transform
 from effuse.core.errors import RecipeError
+from effuse.core.fields import build, defaults_of, dump_fields, names_of, nearest
 from effuse.core.method import methods
+from effuse.processes import grids
 from effuse.processes.grids import Grid
 
 if TYPE_CHECKING:
@@ -62,28 +60,33 @@ Item = Transform | Sampler
 
 @dataclass(frozen=True)
 class Calibration:
-    """What transforms observe: network calls recorded while the pipeline samples `prompts` prompts.
+    """What transforms observe and healing learns from: network calls without guidance.
 
-    prompts: how many of the pipeline's own list, or the prompts (class labels) themselves.
-    steps: of each sampling; guidance: scale, None for the pipeline's own; calls: kept at most.
+    The pipeline samples `prompts` clean samples in `steps` steps each; every call spoils `batch` of
+    them to levels spread evenly over the training range. No data are needed.
+
+    prompts: how many of our own list, or the prompts (class labels) themselves; calls: of the
+    network, for observing.
     """
 
-    prompts: int | tuple[str | int, ...] = 16
-    steps: int = 10
-    guidance: float | None = None
-    calls: int = 24
+    prompts: int | tuple[str | int, ...] = 32
+    steps: int = 20
+    calls: int = 8
+    batch: int = 8
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Healing:
-    """How long a pruned network learns from the original, AdamW on recorded calls; 0 is none."""
+    """How a pruned network learns from the original: AdamW for `steps` steps, 0 is none.
+
+    lr: highest learning rate; ema: decay of the average that is kept, None for no average.
+    """
 
     steps: int = 0
     lr: float = 2e-4
     ema: float | None = 0.99
     seed: int = 0
-    minutes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -163,13 +166,16 @@ def parse(source: str | Path | Mapping[str, Any] | Iterable[Item] | Recipe) -> R
     if not isinstance(source, Mapping):
         items = tuple(Sampler(i) if isinstance(i, Solver) else i for i in source)
         return Recipe(items)
-    _known(source, ("methods", "calibration", "healing"), "recipe")
+    for name in source:
+        if name not in ("methods", "calibration", "healing"):
+            near = nearest(str(name), ("methods", "calibration", "healing"))
+            raise RecipeError(f"recipe: unknown field {name!r}{near}")
     listed = source.get("methods") or []
     if not isinstance(listed, Sequence) or isinstance(listed, str):
         raise RecipeError(f"methods: expected a list of one-key mappings, got {listed!r}")
     items = tuple(_item(entry, f"methods[{i}]") for i, entry in enumerate(listed))
     parts = {
-        name: _make(cls, source.get(name) or {}, name, sys.modules[__name__])
+        name: _made(cls, source.get(name) or {}, name)
         for name, cls in (("calibration", Calibration), ("healing", Healing))
     }
     return Recipe(items, **parts)
@@ -197,15 +203,11 @@ def _item(entry: Any, place: str) -> Item:
     ((name, fields),) = entry.items()
     cls = class_of(name, place)
     fields = dict(fields or {})
-    module = sys.modules[cls.__module__]
     if issubclass(cls, Transform):
-        return _make(cls, fields, f"{place}.{name}", module)
-    outer = {f.name: fields.pop(f.name) for f in dataclasses.fields(Sampler) if f.name in fields}
-    if "grid" in outer:
-        from effuse.processes import grids
-
-        outer["grid"] = _value(outer["grid"], f"{place}.{name}.grid", grids)
-    return Sampler(_make(cls, fields, f"{place}.{name}", module), **outer)
+        return _made(cls, fields, f"{place}.{name}")
+    outer = {n: fields.pop(n) for n in ("steps", "grid", "guidance") if n in fields}
+    outer["solver"] = _made(cls, fields, f"{place}.{name}")
+    return _made(Sampler, outer, f"{place}.{name}", grids)
 
 
 def class_of(name: str, place: str = "") -> type:
@@ -217,81 +219,31 @@ def class_of(name: str, place: str = "") -> type:
     cards = methods()
     base, _, second = name.partition(".")
     if base not in cards:
-        raise RecipeError(f"{place}: no method {base!r}{_nearest(base, cards)}")
+        raise RecipeError(f"{place}: no method {base!r}{nearest(base, cards)}")
     found = {c.__name__: c for c in cards[base].classes}
     if second and second not in found:
-        raise RecipeError(f"{place}: {base} has no class {second!r}{_nearest(second, found)}")
+        raise RecipeError(f"{place}: {base} has no class {second!r}{nearest(second, found)}")
     cls = found[second] if second else cards[base].classes[0]
     if not issubclass(cls, (Transform, Solver)):
         raise RecipeError(f"{place}: {name} is a {cls.__mro__[1].__name__}, nothing to apply")
     return cls
 
 
-def _nearest(name: str, choices: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.4)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _known(given: Mapping[str, Any], names: Iterable[str], place: str) -> None:
-    names = list(names)
-    for name in given:
-        if name not in names:
-            raise RecipeError(
-                f"{place}: unknown field {name!r}{_nearest(str(name), names)} "
-                f"(fields: {', '.join(names) or 'none'})"
-            )
-
-
-def _make(cls: type, fields: Mapping[str, Any], place: str, module: Any) -> Any:
-    if not isinstance(fields, Mapping):
-        raise RecipeError(f"{place}: expected fields as a mapping, got {fields!r}")
-    names = [f.name for f in dataclasses.fields(cls) if f.init]
-    _known(fields, names, place)
-    values = {n: _value(v, f"{place}.{n}", module) for n, v in fields.items()}
+def _made(cls: type, fields: Any, place: str, module: Any = None) -> Any:
     try:
-        return cls(**values)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"{place}: {error}") from error
-
-
-def _value(value: Any, place: str, module: Any) -> Any:
-    """Turn {"Class": {...}} into an object of a class that the method's module knows."""
-    if isinstance(value, list):
-        return tuple(_value(v, place, module) for v in value)
-    if isinstance(value, Mapping) and len(value) == 1:
-        ((name, fields),) = value.items()
-        cls = getattr(module, str(name), None)
-        if isinstance(cls, type) and dataclasses.is_dataclass(cls):
-            return _make(cls, fields or {}, f"{place}.{name}", sys.modules[cls.__module__])
-        if isinstance(name, str) and name[:1].isupper():
-            known = [n for n, c in inspect.getmembers(module, dataclasses.is_dataclass)]
-            raise RecipeError(f"{place}: no class {name!r}{_nearest(name, known)}")
-    return value
+        return build(cls, fields, place, module)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
 
 
 def _changed(value: Any) -> dict[str, Any]:
     """Return the fields of a dataclass that differ from their defaults, as plain data."""
-    out = {}
-    for f in dataclasses.fields(value):
-        if not f.init:
-            continue
-        now = getattr(value, f.name)
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        if default is dataclasses.MISSING or now != default:
-            out[f.name] = _dump(now, f.name)
-    return out
-
-
-def _dump(value: Any, place: str) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {type(value).__name__: _changed(value)}
-    if isinstance(value, (list, tuple)):
-        return [_dump(v, place) for v in value]
-    if value is None or isinstance(value, (str, int, float, bool, dict)):
-        return value
-    raise RecipeError(
-        f"{place}={value!r} cannot be written in a recipe file: expected numbers, text, dataclasses"
-    )
+    usual = defaults_of(type(value))
+    same = [n for n in names_of(type(value)) if n in usual and getattr(value, n) == usual[n]]
+    try:
+        return dump_fields(value, type(value).__name__, skip=same)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
 
 
 def _dump_item(item: Item) -> dict[str, Any]:
@@ -439,7 +391,13 @@ def slim(
     out = Slim(pipe, plan, [], None, pipe.scheduler)
     if keep_original:
         out.before = type(pipe)(**{**_parts(pipe), part: original})
-    calls: list[Any] | None = None
+    drawn: list[dict[str, Any]] = []
+
+    def batches() -> list[dict[str, Any]]:
+        if not drawn:
+            drawn.extend(_batches(out.before or pipe, plan))
+        return drawn
+
     try:
         for item in plan.items:
             if isinstance(item, Sampler):
@@ -448,14 +406,11 @@ def slim(
             handle = item.attach(getattr(pipe, part))
             out.applied.append((part, handle))
             if item.calibrated:
-                if calls is None:
-                    calls = _calls(out.before or pipe, plan.calibration)
-                handle.observe(calls)
+                handle.observe([b["call"] for b in batches()[: plan.calibration.calls]])
             if plan.healing.steps and original is not None:
                 objective = handle.objective(original)
                 if objective is not None:
-                    calls = calls or _calls(out.before or pipe, plan.calibration)
-                    heal(objective, calls, plan.healing, progress=progress)
+                    heal(objective, batches(), plan.healing, progress=progress)
     except BaseException:
         out.undo()
         raise
@@ -475,41 +430,40 @@ def _set_scheduler(pipe: DiffusionPipeline, item: Sampler) -> None:
     pipe.register_modules(scheduler=scheduler(item.solver, pipe.scheduler, grid=item.grid))
 
 
-def _calls(pipe: DiffusionPipeline, how: Calibration) -> list[Any]:
-    from effuse.compress.calibrate import calls_from_pipeline
+def _batches(pipe: DiffusionPipeline, plan: Recipe) -> list[dict[str, Any]]:
+    """Return network calls with their targets: those to observe first, more to heal on."""
+    from effuse.compress.calibrate import uniform_calls
 
-    return calls_from_pipeline(
+    how = plan.calibration
+    return uniform_calls(
         pipe,
         how.prompts,
+        count=max(how.calls, min(plan.healing.steps, 512)),
+        batch=how.batch,
         steps=how.steps,
-        guidance=how.guidance,
-        limit=how.calls,
         seed=how.seed,
     )
 
 
-def heal(objective: Any, calls: Sequence[Any], how: Healing, *, progress: bool = True) -> Any:
+def heal(
+    objective: Objective, batches: Sequence[Any], how: Healing, *, progress: bool = True
+) -> None:
     """Train a pruned network on the original's answers to recorded calls."""
     import torch
 
     from effuse.core.training import fit, warmup_cosine
 
-    def draw(rng: torch.Generator) -> dict[str, Any]:
-        return {"call": calls[int(torch.randint(len(calls), (), generator=rng))]}
-
-    parameters = objective.parameters_of("student")
+    (player,) = objective.players
     done = fit(
         objective,
-        draw,
-        torch.optim.AdamW(parameters, lr=how.lr, weight_decay=0.0),
+        batches,
+        torch.optim.AdamW(objective.parameters_of(player), lr=how.lr, weight_decay=0.0),
         steps=how.steps,
         rng=torch.Generator().manual_seed(how.seed),
         schedule=warmup_cosine(),
         ema=how.ema,
-        minutes=how.minutes,
         progress=progress,
     )
     if done.ema is not None:
         done.ema.copy_to()
-    objective.student.eval()
-    return done
+    objective.eval()

@@ -23,7 +23,7 @@ FOUR = {
         {"asdm_assembly": {}},
         {"momentum": {"order": 2, "beta": 0.8, "steps": 3}},
     ],
-    "calibration": {"prompts": ["red apple", "blue heart"], "steps": 2, "calls": 4},
+    "calibration": {"prompts": ["red apple", "blue heart"], "steps": 2, "calls": 2, "batch": 2},
 }
 
 
