@@ -38,18 +38,20 @@ class Unit:
 
     name: dotted name of the module that is the branch, or holds it. kind: see the module.
     params: parameters that go when this unit goes. tap: dotted name of the module whose output is
-    the branch's value (in front of an adaLN gate; a pair in two-stream attention).
+    the branch's value (in front of an adaLN gate; a pair in two-stream attention). block: dotted
+    name of the module that joins the branch to its skip.
     """
 
     name: str
     kind: str
     params: int
     tap: str
+    block: str
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a finder gives for one unit: its name, kind and tap, and how to take it away.
+    """What a finder gives for one unit: its name, kind, tap and block, and how to take it away.
 
     remove: puts parameter-free modules into the place of the branch's.
     """
@@ -57,6 +59,7 @@ class Found:
     name: str
     kind: str
     tap: str
+    block: str
     remove: Callable[[Removal], None]
 
 
@@ -169,12 +172,16 @@ class Removal:
 
     def freed(self) -> int:
         """Return by how many parameters the model is smaller."""
+        return int(self.difference(Tensor.numel))
+
+    def difference(self, measure: Callable[[Tensor], float]) -> float:
+        """Return the sum of `measure` over what was there, less that over what is there now."""
         first: dict[tuple[int, str], nn.Module | None] = {}
         last: dict[tuple[int, str], nn.Module | None] = {}
         for owner, child, module in self._old:
             first.setdefault((id(owner), child), module)
             last[id(owner), child] = owner._modules[child]
-        return _count(first.values()) - _count(last.values())
+        return _total(first.values(), measure) - _total(last.values(), measure)
 
     def forget(self) -> None:
         """Give up the way back, and with it the memory of what was taken away."""
@@ -209,7 +216,7 @@ def units(model: nn.Module, where: Where = everywhere) -> list[Unit]:
         if where(f.name, model.get_submodule(f.name)):
             removal = Removal(model)
             f.remove(removal)
-            out.append(Unit(f.name, f.kind, removal.freed(), f.tap))
+            out.append(Unit(f.name, f.kind, removal.freed(), f.tap, f.block))
             removal.undo()
     return out
 
@@ -257,12 +264,12 @@ def without(model: nn.Module, names: Iterable[str]) -> Iterator[nn.Module]:
 
 def parameters(model: nn.Module) -> int:
     """Return the number of parameters of a model, shared ones once."""
-    return _count([model])
+    return int(_total([model], Tensor.numel))
 
 
-def _count(modules: Iterable[nn.Module | None]) -> int:
-    every = {id(p): p.numel() for m in modules if m is not None for p in m.parameters()}
-    return sum(every.values())
+def _total(modules: Iterable[nn.Module | None], measure: Callable[[Tensor], float]) -> float:
+    every = {id(p): p for m in modules if m is not None for p in m.parameters()}
+    return sum(measure(p) for p in every.values())
 
 
 # ---- listening
@@ -385,7 +392,7 @@ def _resnet(name: str, block: Any) -> Iterator[Found]:
         for child in ("conv1", "norm2", "conv2"):
             r.put(_at(name, child), Nothing())
 
-    yield Found(name, "conv", _at(name, "conv2"), take)
+    yield Found(name, "conv", _at(name, "conv2"), name, take)
 
 
 @register("Attention")
@@ -396,6 +403,7 @@ def _residual_attention(name: str, module: Any) -> Iterator[Found]:
         name,
         "attn1",
         _at(name, "to_out.0"),
+        name,
         lambda r: r.put(name, Pass(module.rescale_output_factor)),
     )
 
@@ -426,7 +434,7 @@ def _transformer_block(name: str, block: Any) -> Iterator[Found]:
 
     for child, take in (("attn1", first), ("attn2", second), ("ff", third)):
         if not _gone(getattr(block, child, None)):
-            yield Found(_at(name, child), child, _at(name, child), take)
+            yield Found(_at(name, child), child, _at(name, child), name, take)
 
 
 def _slice(r: Removal, path: str, half: str, *, shared: bool) -> None:
@@ -477,12 +485,12 @@ def _two_streams(name: str, block: Any) -> Iterator[Found]:
     ]
     for child, kind, take in made:
         if not _gone(getattr(block, child, None)):
-            yield Found(_at(name, child), kind, _at(name, child), take)
+            yield Found(_at(name, child), kind, _at(name, child), name, take)
 
 
 @register("FluxSingleTransformerBlock")
 def _one_stream(name: str, block: Any) -> Iterator[Found]:
-    yield Found(name, "block", _at(name, "proj_out"), lambda r: r.put(name, PassStreams()))
+    yield Found(name, "block", _at(name, "proj_out"), name, lambda r: r.put(name, PassStreams()))
 
 
 @register("Residual")
@@ -493,4 +501,4 @@ def _branches(name: str, layer: Any) -> Iterator[Found]:
     for i, branch in enumerate(layer.branches):
         if not _gone(branch):
             path = _at(name, f"branches.{i}")
-            yield Found(path, "branch", path, take(path))
+            yield Found(path, "branch", path, name, take(path))
