@@ -67,12 +67,13 @@ def sweep(
                 r["cache_bytes_peak"],
             )
         )
-    return [_marked(row, rows) for row in rows]
+    return marked(rows)
 
 
-def _marked(row: Row, rows: Sequence[Row]) -> Row:
-    beaten = any(
-        o.macs <= row.macs and o.error <= row.error and (o.macs, o.error) != (row.macs, row.error)
-        for o in rows
-    )
-    return replace(row, front=not beaten)
+def marked(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows with `front` set: no other is as cheap and as close, and better in one."""
+
+    def beats(a: Row, b: Row) -> bool:
+        return a.macs <= b.macs and a.error <= b.error and (a.macs, a.error) != (b.macs, b.error)
+
+    return [replace(row, front=not any(beats(other, row) for other in rows)) for row in rows]
