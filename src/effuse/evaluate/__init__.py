@@ -1,0 +1,1 @@
+"""Judges of what was made and of what it cost."""
