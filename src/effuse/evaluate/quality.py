@@ -22,7 +22,28 @@ from torch.nn import functional as F
 
 from effuse.core.contracts import Metric
 from effuse.core.errors import check_positive
+from effuse.evaluate.features import ClipFeatures, EfficientNetFeatures, Features
 from effuse.ops.stats import bootstrap
+
+__all__ = [
+    "ClipFeatures",
+    "EfficientNetFeatures",
+    "FeatureDistance",
+    "Features",
+    "Frechet",
+    "Kid",
+    "Precision",
+    "Psnr",
+    "Recall",
+    "Retrieval",
+    "Ssim",
+    "TextImage",
+    "frechet",
+    "moments",
+    "root",
+    "ssim",
+    "wilson",
+]
 
 
 def _features(x: Tensor, what: str, width: int | None = None) -> Tensor:
