@@ -69,6 +69,7 @@ def slim(
             pictures=pictures,
             seed=seed,
             recipe=plan.to_yaml(),
+            reports=result.reports(),
             command=f"effuse slim {pipeline} --recipe {recipe.name} --out {out.name}",
         )
         _table(page)

@@ -321,7 +321,9 @@ class Slim:
                 guidance=self.settings.get("guidance_scale"),
             ),
         }
-        return compare(entries, out=out, recipe=self.recipe.to_yaml(), **settings)
+        return compare(
+            entries, out=out, recipe=self.recipe.to_yaml(), reports=self.reports(), **settings
+        )
 
 
 def call_settings(recipe: Recipe) -> dict[str, Any]:

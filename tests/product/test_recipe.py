@@ -36,7 +36,7 @@ FOUR = {
         ({"methods": [{"laptop_diff": {"keep": 1.3}}]}, r"keep=1.3"),
         ({"methods": [{"momentum": {"stepz": 3}}]}, "stepz"),
         ({"methods": [{"momentum": {"steps": 0}}]}, "positive integer"),
-        ({"methods": [{"momentum.GHBV": {}}]}, "did you mean 'GHVB'"),
+        ({"methods": [{"momentum.HevyBall": {}}]}, "did you mean 'HeavyBall'"),
         ({"methods": [{"int8": {}, "ddim": {}}]}, "expected one method"),
         ({"methods": [{"cosine": {}}]}, "no method 'cosine'"),
         ({"methods": [{"flow": {}}]}, "nothing to apply"),
