@@ -1,0 +1,552 @@
+"""Solver out: any solver as a diffusers scheduler that a stock pipeline accepts.
+
+    pipe.scheduler = effuse.scheduler("momentum", pipe.scheduler)
+
+A pipeline calls the network itself and hands in one output after another. The scheduler records
+them and re-runs the solver's own `step` on the record until it stops asking for more, so a solver
+with several evaluations a step needs no second implementation.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import diffusers
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from effuse import processes
+from effuse.core import Denoiser, Prediction, Process, Solver, Step, Time, methods
+from effuse.core.fields import build, dump_fields, nearest
+from effuse.ops import expand_as
+from effuse.processes import Flow, Grid, Tabulated
+
+from .table import Schedule, Walk, predict, solver_named
+
+__all__ = ["SolverOutput", "SolverScheduler", "scheduler"]
+
+
+@dataclass
+class SolverOutput(BaseOutput):
+    """What `SolverScheduler.step` gives.
+
+    prev_sample: what the network is asked next, or the sample in the end;
+    pred_original_sample: x0 as predicted by the last output.
+    """
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
+
+
+def scheduler(solver: Solver | str, like: Any, *, grid: Grid | None = None) -> SolverScheduler:
+    """Return `solver` as a diffusers scheduler that stands in for `like`.
+
+    Args:
+        solver: a solver, or a method's name for its first solver with default fields.
+        like: the scheduler to replace; its config gives the table of noise levels, the prediction
+            type, the spacing and offset of the steps, and the flags for clipping.
+        grid: where the steps are, instead of the spacing of `like`.
+
+    Raises:
+        ValueError: no method of this name has a solver (the nearest is named), or the solver or
+            the grid has fields that cannot be written down.
+        TypeError: `like` is no scheduler of diffusers over a table or flow sigmas.
+    """
+    if isinstance(solver, str):
+        solver = solver_named(solver)
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver={solver!r}: expected a Solver or a method's name")
+    like = like.like if isinstance(like, SolverScheduler) else like
+    name = type(like).__name__
+    if getattr(diffusers, name, None) is not type(like):
+        raise TypeError(f"like is a {name}: expected a scheduler of diffusers, or one made here")
+    Schedule(like)  # refuses what has neither table nor flow sigmas
+    config = {k: v for k, v in like.config.items() if not k.startswith("_")}
+    config |= {"solver": _dump(solver), "like": name, "grid": None}
+    if grid is not None:
+        config["grid"] = {
+            "class": _grid_class(type(grid).__name__).__name__,
+            "fields": dump_fields(grid, "grid"),
+        }
+    return SolverScheduler.from_config(config)
+
+
+def _dump(solver: Solver) -> dict[str, Any]:
+    card = next((c for c in methods().values() if type(solver) in c.classes), None)
+    if card is None:
+        raise ValueError(
+            f"{type(solver).__name__} has no method card, so it cannot be saved by name: decorate "
+            "it with @method"
+        )
+    return {
+        "method": card.name,
+        "class": type(solver).__name__,
+        "fields": dump_fields(solver, card.name),
+    }
+
+
+def _load(saved: Mapping[str, Any] | None) -> Solver:
+    if saved is None:
+        return solver_named("ddim")
+    plain = solver_named(saved.get("method", ""), saved.get("class"))
+    return build(type(plain), saved.get("fields", {}), f"solver {saved['method']}")
+
+
+def _grid_class(name: str) -> type[Grid]:
+    known = [n for n, c in vars(processes).items() if isinstance(c, type) and issubclass(c, Grid)]
+    if name not in known:
+        raise ValueError(f"grid {name!r}: expected one of {', '.join(known)}{nearest(name, known)}")
+    return getattr(processes, name)
+
+
+class _Ask(Exception):
+    """The solver asks for a prediction at x that is not on record yet."""
+
+    def __init__(self, x: Tensor, t: Time):
+        super().__init__("not on record yet")
+        self.x, self.t = x, t
+
+
+class _Replay(Denoiser):
+    """Answers from a record of network outputs, in the order they were asked."""
+
+    def __init__(self, schedule: Schedule, seen: Sequence[Tensor], outputs: Sequence[Tensor]):
+        super().__init__()
+        self.schedule, self.process = schedule, schedule.process
+        self.record = list(zip(seen, outputs, strict=True))
+        self.count, self.last = 0, torch.empty(0)
+
+    def forward(self, x: Tensor, t: Time, **cond: Any) -> Prediction:
+        """Return the next prediction on record, or raise `_Ask`."""
+        if self.count == len(self.record):
+            raise _Ask(x, t)
+        seen, output = self.record[self.count]
+        self.count += 1
+        pair = predict(self.schedule.kind, output, seen, t, self.process, self.schedule.clip)
+        self.last = pair.x0
+        return pair
+
+
+class _Probe(Denoiser):
+    """Notes the levels at which it is asked."""
+
+    def __init__(self, process: Process):
+        super().__init__()
+        self.process, self.asked = process, []  # type: ignore[var-annotated]
+
+    def forward(self, x: Tensor, t: Time, **cond: Any) -> Prediction:
+        """Note the level."""
+        self.asked.append(float(t))
+        return Prediction(torch.zeros_like(x), x)
+
+
+@dataclass
+class _Draws:
+    """A generator for some rows, and its state before the current step."""
+
+    rows: slice
+    rng: torch.Generator | None
+    mark: Tensor | None
+    state: Any = None
+    begun: bool = False
+
+
+class SolverScheduler(SchedulerMixin, ConfigMixin):
+    """A solver in the form diffusers pipelines want.
+
+    Make one with `effuse.scheduler`. Walks in x = alpha x0 + sigma noise at every level, whatever
+    coordinates the replaced scheduler took, so nothing is scaled on the way into the network.
+    The state of a half precision run is kept in float32. A solver with several evaluations a step
+    repeats its levels in `timesteps`, as diffusers' Heun does; `order` is their number.
+
+    Args:
+        num_train_timesteps: entries of the table.
+        beta_start: noise rate of the first entry.
+        beta_end: noise rate of the last one.
+        beta_schedule: how the rates go from one to the other.
+        trained_betas: the rates themselves, instead.
+        prediction_type: what the network predicts.
+        solver: method, class and fields of the solver; deterministic DDIM by default.
+        like: name of the scheduler this one stands for. All other entries of its config are kept
+            in this one's, and mean what they mean there.
+        grid: class and fields of the grid, if it is not the spacing of `like`.
+    """
+
+    __module__ = "effuse.bridge.saved"
+    _compatibles: ClassVar[list[str]] = [
+        # without torchsde that one is a stand-in that only raises
+        *(e.name for e in KarrasDiffusionSchedulers if e.name != "DPMSolverSDEScheduler"),
+        "FlowMatchEulerDiscreteScheduler",
+        "FlowMatchHeunDiscreteScheduler",
+        "LCMScheduler",
+        "TCDScheduler",
+    ]
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Any = None,
+        prediction_type: str = "epsilon",
+        solver: dict[str, Any] | None = None,
+        like: str = "DDIMScheduler",
+        grid: dict[str, Any] | None = None,
+    ):
+        self.solver = _load(solver)
+        self.num_inference_steps: int | None = None
+        self._like: Any = None
+        self._schedule: Schedule | None = None
+        self._walk: Walk | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop everything of a run but its levels."""
+        self._at: int | None = None  # position in the plan of what comes in next
+        self._begin_index: int | None = None
+        self._draws: list[_Draws] = []
+        self._x: Tensor | None = None
+        self._seen: list[Tensor] = []
+        self._outputs: list[Tensor] = []
+        # of a half precision run: what was given out, and what it was rounded from
+        self._given: Tensor | None = None
+        self._kept: Tensor | None = None
+
+    # What it stands for
+
+    @property
+    def like(self) -> Any:
+        """The scheduler this one stands for."""
+        if self._like is None:
+            cls = getattr(diffusers, self.config.like, None)
+            if cls is None:
+                raise ValueError(f"like={self.config.like!r}: diffusers has no such scheduler")
+            own = inspect.signature(cls.__init__).parameters
+            self._like = cls(**{k: v for k, v in self.config.items() if k in own})
+        return self._like
+
+    @property
+    def schedule(self) -> Schedule:
+        """Process, prediction kind and spacing; of the current run where a run shifts them."""
+        if self._schedule is None:
+            self._schedule = Schedule(self.like)
+        return self._schedule
+
+    @property
+    def order(self) -> int:
+        """Evaluations a step: timesteps per step of the solver."""
+        return int(self.solver.evals)
+
+    @property
+    def betas(self) -> Tensor:
+        """The table's noise rates."""
+        return self.like.betas
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """The table itself, alpha squared."""
+        return self.like.alphas_cumprod
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    # A run
+
+    @property
+    def timesteps(self) -> Tensor:
+        """What the pipeline tells the network, call by call."""
+        return self.like.timesteps if self._walk is None else self._timesteps
+
+    @property
+    def sigmas(self) -> Tensor:
+        """Noise levels of the run, (steps + 1,): sigma / alpha, or sigma for flow matching."""
+        if self._walk is None:
+            return self.like.sigmas
+        process, levels = self.schedule.process, self._walk.levels
+        sigma = process.sigma(levels)
+        return (sigma if isinstance(process, Flow) else sigma / process.alpha(levels)).float()
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of the noise a run starts from."""
+        if self._walk is not None:
+            return self._walk.start
+        start = float(getattr(self.like, "init_noise_sigma", 1.0))
+        return start * float(self.schedule.process.alpha(1.0)) if start > 1 else start
+
+    @property
+    def step_index(self) -> int | None:
+        """Position in `timesteps` of what comes in next; None before the first."""
+        return self._at
+
+    @property
+    def begin_index(self) -> int | None:
+        """Where in `timesteps` the run starts, if a pipeline has said so."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Say where in `timesteps` the run starts (image to image)."""
+        self._begin_index = begin_index
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        timesteps: Any = None,
+        sigmas: Any = None,
+        mu: float | None = None,
+    ) -> None:
+        """Begin a run anew.
+
+        Args:
+            num_inference_steps: steps of the solver.
+            device: of `timesteps`.
+            timesteps: falling labels, instead of a number of steps.
+            sigmas: falling noise levels, instead.
+            mu: dynamic shift of a flow schedule.
+
+        Raises:
+            ValueError: the arguments contradict one another, the number of steps is not within 1
+                and the table's length, or the solver cannot be driven by a pipeline.
+        """
+        steps = num_inference_steps
+        if steps is None and timesteps is None and sigmas is None:
+            raise ValueError("expected num_inference_steps, timesteps or sigmas")
+        if steps is not None and (not isinstance(steps, int) or steps < 1):
+            raise ValueError(f"num_inference_steps={steps!r}: expected a positive integer")
+        self._schedule = schedule = Schedule(self.like, mu)
+        if self.config.grid is None:
+            walk = schedule.walk(steps, timesteps=timesteps, sigmas=sigmas, mu=mu)
+        else:
+            if timesteps is not None:
+                raise ValueError("timesteps beside a grid: leave one of them out")
+            # FLUX always hands in sigmas; the grid given by the user wins
+            walk = self._gridded(schedule, len(sigmas) if steps is None else steps)
+        self._walk, self.num_inference_steps = walk, len(walk.labels)
+        self._plan, labels = self._asked(walk)
+        self._timesteps = labels.to(device)
+        self._forget()
+
+    def _gridded(self, schedule: Schedule, steps: int) -> Walk:
+        cls = _grid_class(self.config.grid["class"])
+        levels = build(cls, self.config.grid["fields"], "grid")(schedule.process, steps)
+        return Walk(levels, schedule.label(levels[:-1]).float(), self._unit(schedule, levels))
+
+    @staticmethod
+    def _unit(schedule: Schedule, levels: Tensor) -> float:
+        return float(schedule.process.sigma(levels[0])) if schedule.flow else 1.0
+
+    def _asked(self, walk: Walk) -> tuple[list[tuple[int, int]], Tensor]:
+        """Return (step, evaluation) of every call, and its label, from a run on nothing."""
+        steps = len(walk.labels)
+        if self.solver.evals == 1:
+            return [(i, 0) for i in range(steps)], walk.labels
+        probe = _Probe(self.schedule.process)
+        x = torch.zeros(1, 1, 8, 8, dtype=torch.float64)
+        state, rng = self.solver.init(x), torch.Generator()
+        on_grid = {float(t): label for t, label in zip(walk.levels, walk.labels, strict=False)}
+        plan, labels = [], []
+        for i, (t, s) in enumerate(zip(walk.levels, walk.levels[1:], strict=False)):
+            probe.asked.clear()
+            x, state = self.solver.step(probe, x, t, s, state, rng=rng)
+            if not probe.asked or probe.asked[0] != float(t):
+                raise ValueError(
+                    f"{type(self.solver).__name__} asks first at another level than the one it is "
+                    "at: no pipeline can drive it, use effuse.sample"
+                )
+            for e, level in enumerate(probe.asked):
+                plan.append((i, e))
+                labels.append(on_grid.get(level, self.schedule.label(level)))
+        listed = torch.stack([torch.as_tensor(label) for label in labels])
+        return plan, listed if walk.labels.dtype == listed.dtype else listed.float()
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """Return the sample as it is."""
+        return sample
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+        *,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
+    ) -> SolverOutput | tuple[Tensor, Tensor]:
+        """Take in one output of the network.
+
+        Args:
+            model_output: (B, C, *), or (B, 2C, *) with a learned variance.
+            timestep: the one it was made at: the next of `timesteps`.
+            sample: (B, C, *) what the network saw.
+            generator: draws the solver's noise; one, or one a row. Without it torch's global seed
+                decides, as with every pipeline that passes none on (SD3, FLUX, DiT).
+            return_dict: whether to give an object rather than a pair.
+            eta: must be zero; the solver says itself how much noise it draws.
+            use_clipped_model_output: clipping, where asked for, always carries over to the noise.
+
+        Raises:
+            ValueError: no run was set, the timestep is not the next one, or `eta` is given.
+        """
+        if self._walk is None:
+            raise ValueError("no run: call set_timesteps first")
+        if eta:
+            raise ValueError(
+                f"eta={eta}: the solver draws its own noise, make it with effuse.scheduler("
+                f"DDIM(eta={eta}), ...) instead"
+            )
+        at = self._first(timestep) if self._at is None else self._at
+        self._check(at, timestep)
+        index, evaluation = self._plan[at]
+        x = self._full(sample)
+        if evaluation == 0:
+            self._x, self._seen, self._outputs = x, [], []
+            self._mark(generator, x)
+        self._seen.append(x)
+        self._outputs.append(model_output)
+        out, x0, done = self._run(index)
+        self._at = at + 1
+        more = self._at < len(self._plan) and self._plan[self._at][0] == index
+        if more is done:
+            raise RuntimeError(
+                f"{type(self.solver).__name__} asked for {'fewer' if done else 'more'} evaluations "
+                f"in step {index} than it did on a run on zeros: no pipeline can drive it"
+            )
+        given = out.to(sample.dtype)
+        if given.dtype != out.dtype:
+            self._given, self._kept = given, out
+        return SolverOutput(given, x0.to(sample.dtype)) if return_dict else (given, x0)
+
+    def _first(self, timestep: Any) -> int:
+        begin = self._begin_index
+        if begin is not None and begin < len(self._plan) and self._plan[begin][1] == 0:
+            return begin
+        for at, (_, evaluation) in enumerate(self._plan):
+            if evaluation == 0 and self._same(at, timestep):
+                return at
+        some = ", ".join(f"{float(t):g}" for t in self._timesteps[:4])
+        raise ValueError(
+            f"timestep {float(timestep):g} is none of this run's {len(self._plan)}: expected one "
+            f"of scheduler.timesteps ({some}, ...)"
+        )
+
+    def _same(self, at: int, timestep: Any) -> bool:
+        mine = float(self._timesteps[at])
+        return abs(mine - float(timestep)) <= 1e-5 * max(1.0, abs(mine))
+
+    def _check(self, at: int, timestep: Any) -> None:
+        if at >= len(self._plan):
+            raise ValueError("the run is over: call set_timesteps to begin another")
+        if not self._same(at, timestep):
+            raise ValueError(
+                f"timestep {float(timestep):g} is repeated or out of order: expected "
+                f"{float(self._timesteps[at]):g}, call {at} of {len(self._plan)}; call "
+                "set_timesteps to begin anew"
+            )
+
+    def _full(self, sample: Tensor) -> Tensor:
+        """Return the sample in float32 or better; what was rounded off comes back."""
+        if sample.dtype in (torch.float32, torch.float64):
+            return sample
+        given, kept = self._given, self._kept
+        if given is not None and given.shape == sample.shape and torch.equal(given, sample):
+            assert kept is not None
+            return kept
+        return sample.float()
+
+    def _mark(self, generator: Any, x: Tensor) -> None:
+        """Note the generators' states, so that every re-run of this step draws the same."""
+        many = isinstance(generator, (list, tuple)) and len(generator) > 1
+        if isinstance(generator, (list, tuple)) and not many:
+            generator = generator[0]
+        if generator is None and self.solver.stochastic:
+            seed = int(torch.randint(2**62, ()))
+            generator = torch.Generator().manual_seed(seed)
+        if many and self.solver.stochastic:
+            if len(generator) != len(x):
+                raise ValueError(f"{len(generator)} generators for {len(x)} samples")
+            found = [(slice(i, i + 1), g) for i, g in enumerate(generator)]
+        else:
+            found = [(slice(None), None if many else generator)]
+        if len(found) != len(self._draws):
+            self._draws = [_Draws(rows, rng, None) for rows, rng in found]
+        for draws, (_, rng) in zip(self._draws, found, strict=True):
+            draws.rng, draws.mark = rng, None if rng is None else rng.get_state()
+
+    def _run(self, index: int) -> tuple[Tensor, Tensor, bool]:
+        """Re-run the solver's step on the record: what to ask or give next, x0, and if it ended."""
+        assert self._walk is not None
+        assert self._x is not None
+        t, s = self._walk.levels[index], self._walk.levels[index + 1]
+        outs: list[Tensor] = []
+        x0s: list[Tensor] = []
+        done = False
+        for draws in self._draws:
+            rows, rng = draws.rows, draws.rng
+            x = self._x[rows]
+            if not draws.begun:
+                draws.state, draws.begun = self.solver.init(x), True
+            if rng is not None and draws.mark is not None:
+                rng.set_state(draws.mark)
+            replay = _Replay(
+                self.schedule, [a[rows] for a in self._seen], [a[rows] for a in self._outputs]
+            )
+            try:
+                step: Step = self.solver.step(replay, x, t, s, draws.state, rng=rng)
+                draws.state, done = step.state, True
+                outs.append(step.x)
+            except _Ask as ask:
+                if rng is not None and draws.mark is not None:
+                    rng.set_state(draws.mark)
+                outs.append(ask.x)
+            x0s.append(replay.last)
+        return torch.cat(outs), torch.cat(x0s), done
+
+    # Noise by label, for training and image to image
+
+    def _levels(self, timesteps: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return alpha and sigma at labels, (B,), shaped to broadcast over `like`."""
+        schedule, out = self.schedule, []
+        for label in torch.as_tensor(timesteps).reshape(-1):
+            starts = (
+                [] if self._walk is None else [a for a, p in enumerate(self._plan) if p[1] == 0]
+            )
+            at = next((a for a in starts if self._same(a, label)), None)
+            if at is not None:
+                out.append(self._walk.levels[self._plan[at][0]])  # type: ignore[union-attr]
+            elif isinstance(schedule.process, Tabulated):
+                out.append(schedule.process.time_of(label.double().cpu()))
+            else:
+                out.append(schedule.time_of_sigma(label / schedule.count))
+        t = torch.stack(out)
+        if not ((t >= 0) & (t <= 1)).all():
+            raise ValueError(f"timesteps {timesteps}: expected labels within [0, {len(self)})")
+        alpha, sigma = (c.to(like.dtype) for c in schedule.process.coefficients(t)[:2])
+        return expand_as(alpha, like), expand_as(sigma, like)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return alpha x0 + sigma noise at the level of each row's label, timesteps: (B,)."""
+        alpha, sigma = self._levels(timesteps, original_samples)
+        return alpha * original_samples + sigma * noise
+
+    def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:
+        """Same as `add_noise`, as flow-matching pipelines call it."""
+        return self.add_noise(sample, noise, timestep)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return alpha noise - sigma x0 (for flow matching noise - x0), a training target."""
+        if self.schedule.flow:
+            return noise - sample
+        alpha, sigma = self._levels(timesteps, sample)
+        return alpha * noise - sigma * sample
