@@ -1,0 +1,1 @@
+"""Objectives that teach a student what a teacher knows."""

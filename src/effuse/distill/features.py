@@ -1,0 +1,265 @@
+"""Heal a student from its teacher: task, output and stage features, each term of comparable size.
+
+    L = L_task + L_out + L_feature
+    L_task = ||eps - eps_S||^2,  L_out = ||eps_T - eps_S||^2
+    L_feature = sum_i a_i ||f_T^i - f_S^i||^2
+
+Means over elements and the batch. `Plain` has a_i = 1 (BK-SDM): stages with large features rule the
+sum. `PerBatch` has a_i = g / mean ||f_T^i||^2 without a gradient: each term is then g where the
+student's features are zero and does not change when both networks' features are rescaled. Source:
+LAPTOP-Diff (2404.11098); the exact normalizer of the paper is not public, this one is ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effuse.core.contracts import Call, Loss, Objective
+from effuse.ops import randn_like
+
+ROWS = ("transformer_blocks", "single_transformer_blocks")
+Spoil = Callable[[Mapping[str, Any], torch.Generator | None], tuple[Call, Tensor]]
+"""Turns a batch of clean samples into the network's arguments and what it should answer."""
+
+
+def stages(model: nn.Module, groups: int = 4) -> list[str]:
+    """Return the names of the modules whose outputs are a network's stage features.
+
+    Down blocks, middle and up blocks of a UNet; of a transformer the last block of each of `groups`
+    runs of blocks.
+
+    Raises:
+        TypeError: the network has neither; name the taps yourself.
+    """
+    if hasattr(model, "down_blocks") and hasattr(model, "up_blocks"):
+        out = [f"down_blocks.{i}" for i in range(len(model.down_blocks))]  # type: ignore[arg-type]
+        if getattr(model, "mid_block", None) is not None:
+            out.append("mid_block")
+        return out + [f"up_blocks.{i}" for i in range(len(model.up_blocks))]  # type: ignore[arg-type]
+    blocks = [f"{row}.{i}" for row in ROWS for i in range(len(getattr(model, row, ())))]
+    if not blocks:
+        raise TypeError(
+            f"{type(model).__name__} has neither down_blocks nor transformer_blocks: expected a "
+            "diffusers network, or give `taps` by name"
+        )
+    count = min(groups, len(blocks))
+    return [blocks[(i + 1) * len(blocks) // count - 1] for i in range(count)]
+
+
+@contextlib.contextmanager
+def listening(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect the outputs of the named modules, by name, while inside; hooks are gone after.
+
+    Of a module that returns several tensors the last one is taken: a picture's stream, not the
+    text's; of a down block the hidden state.
+    """
+    heard: dict[str, Tensor] = {}
+
+    def listen(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, given: Any, out: Any) -> None:
+            if hasattr(out, "sample"):
+                out = out.sample
+            if not isinstance(out, Tensor):
+                out = [o for o in out if isinstance(o, Tensor)][-1]
+            heard[name] = out
+
+        return hook
+
+    hooks: list[Any] = []
+    try:
+        for n in names:
+            hooks.append(model.get_submodule(n).register_forward_hook(listen(n)))
+        yield heard
+    finally:
+        for h in hooks:
+            h.remove()
+
+
+class Normalizer(ABC):
+    """Says how much each feature term counts. A frozen dataclass."""
+
+    @abstractmethod
+    def weights(self, power: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return a_i, (n,), and what to remember.
+
+        Args:
+            power: (n,) mean squares of the teacher's features, without a gradient.
+            before: what was remembered, `None` at first.
+        """
+
+
+@dataclass(frozen=True)
+class Plain(Normalizer):
+    """All terms as they are: a_i = scale."""
+
+    scale: float = 1.0
+
+    def weights(self, power: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See `Normalizer.weights`."""
+        return torch.full_like(power, self.scale), None
+
+
+@dataclass(frozen=True)
+class PerBatch(Normalizer):
+    """a_i = scale / (power_i + tiny), of this batch. A term without a signal is near zero."""
+
+    scale: float = 1.0
+    tiny: float = 1e-12
+
+    def weights(self, power: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See `Normalizer.weights`."""
+        return self.scale / (power + self.tiny), None
+
+
+@dataclass(frozen=True)
+class Running(Normalizer):
+    """As `PerBatch`, of a moving average over batches; does not tie a row to its batch."""
+
+    scale: float = 1.0
+    decay: float = 0.99
+    tiny: float = 1e-12
+
+    def weights(self, power: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See `Normalizer.weights`."""
+        now = power if before is None else self.decay * before + (1 - self.decay) * power
+        return self.scale / (now + self.tiny), now
+
+
+class NormalizedFeatureDistillation(Objective):
+    """Teach a student its teacher's answers and stage features; see the module.
+
+    A batch is `{"call": (args, kwargs)}`, perhaps with the `target` of the task, which is how it
+    works without data: on recorded calls, or on x0 the teacher drew itself. Or it is what `spoil`
+    takes, such as `{"x0": ...}` with conditions. Without a target there is no task term. Zero, with
+    zero gradient, where the student is the teacher (but for the task).
+
+    Args:
+        teacher: frozen here, once. Must be another object than the student.
+        student: learns in place.
+        taps: dotted names, the same in both, or pairs (teacher's, student's); `stages` if None.
+        normalizer: `PerBatch`, `Running` or `Plain`.
+        weights: of task, output and features.
+        spoil: makes a call and its target of a batch without a call.
+
+    Raises:
+        ValueError: the teacher is the student, or shares parameters with it.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        taps: Sequence[str | tuple[str, str]] | None = None,
+        *,
+        normalizer: Normalizer | None = None,
+        weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        spoil: Spoil | None = None,
+    ):
+        super().__init__()
+        mine = {id(p) for p in student.parameters()}
+        if teacher is student or any(id(p) in mine for p in teacher.parameters()):
+            raise ValueError(
+                "teacher and student share parameters: a tap would be compared with itself; give "
+                "a copy of the original as the teacher"
+            )
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.student = student
+        named = stages(student) if taps is None else taps
+        self.taps = [(t, t) if isinstance(t, str) else (t[0], t[1]) for t in named]
+        for theirs, own in self.taps:
+            teacher.get_submodule(theirs), student.get_submodule(own)
+        self.normalizer = normalizer or PerBatch()
+        self.weights, self.spoil = weights, spoil
+        self._remembered: Tensor | None = None
+
+    def train(self, mode: bool = True) -> NormalizedFeatureDistillation:
+        """Set the student's mode; the teacher stays in evaluation mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def loss(
+        self, player: str, batch: Mapping[str, Any], *, rng: torch.Generator | None = None
+    ) -> Loss:
+        """Return the sum, and terms `task`, `output` and one `feature/NAME` a tap."""
+        call, target = self._call(batch, rng)
+        args, kwargs = call
+        with torch.no_grad(), listening(self.teacher, [a for a, _ in self.taps]) as theirs:
+            wanted = answer(self.teacher(*args, **kwargs))
+        with listening(self.student, [b for _, b in self.taps]) as own:
+            given = answer(self.student(*args, **kwargs))
+        task, output, feature = self.weights
+        terms = {"output": output * (given - wanted).square().mean()}
+        if target is not None:
+            terms["task"] = task * (given[:, : target.shape[1]] - target).square().mean()
+        if self.taps:
+            pairs = [(theirs[a], own[b]) for a, b in self.taps]
+            errors = feature_errors(pairs)
+            power = torch.stack([t.detach().float().square().mean() for t, _ in pairs])
+            a, self._remembered = self.normalizer.weights(power, self._remembered)
+            for (_, name), term in zip(self.taps, feature * a * errors, strict=True):
+                terms[f"feature/{name}"] = term
+        return Loss(torch.stack([t.float() for t in terms.values()]).sum(), terms)
+
+    def _call(
+        self, batch: Mapping[str, Any], rng: torch.Generator | None
+    ) -> tuple[Call, Tensor | None]:
+        if "call" in batch:
+            return batch["call"], batch.get("target")
+        if self.spoil is None:
+            raise ValueError(
+                f"a batch of {sorted(batch)}: expected a recorded `call`, or `spoil` to make one "
+                "of clean samples"
+            )
+        return self.spoil(batch, rng)
+
+
+def feature_errors(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the mean squared difference of each pair, (n,), in float32."""
+    return torch.stack([(t.detach().float() - s.float()).square().mean() for t, s in pairs])
+
+
+def answer(out: Any) -> Tensor:
+    """Return the tensor a network answers with."""
+    if isinstance(out, Tensor):
+        return out
+    return out.sample if hasattr(out, "sample") else out[0]
+
+
+@dataclass(frozen=True)
+class UniformNoise:
+    """Spoils batch["x0"]: (B, *) at levels uniform over the training range; for `spoil`.
+
+    schedule: of the pipeline, as `effuse.wrap(pipe).schedule`. All else in the batch goes to the
+    network by name.
+    """
+
+    schedule: Any
+
+    def __call__(
+        self, batch: Mapping[str, Any], rng: torch.Generator | None
+    ) -> tuple[Call, Tensor]:
+        """Return the network's arguments and its target."""
+        x0, process = batch["x0"], self.schedule.process
+        place = x0.device if rng is None else rng.device
+        t = torch.rand(len(x0), generator=rng, device=place).to(x0.device)
+        noise = randn_like(x0, rng)
+        shape = (-1, *[1] * (x0.ndim - 1))
+        alpha, sigma = (c.reshape(shape).to(x0) for c in (process.alpha(t), process.sigma(t)))
+        target = {
+            "epsilon": noise,
+            "sample": x0,
+            "v_prediction": alpha * noise - sigma * x0,
+            "flow_prediction": noise - x0,
+        }[self.schedule.kind]
+        label = self.schedule.label(t).float().expand(len(x0))
+        rest = {k: v for k, v in batch.items() if k != "x0"}
+        call = ((process.corrupt(x0, t, noise),), {"timestep": label, "return_dict": False, **rest})
+        return call, target

@@ -1,0 +1,531 @@
+"""LAPTOP-Diff: one-shot scores, selection, surgery and healing against what is known exactly."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+from tests.tiny import tiny_dit, tiny_pixart, tiny_sd, tiny_unet, tiny_unet_cond
+from torch import nn
+
+from effuse.bridge import store
+from effuse.compress.calibrate import uniform_calls
+from effuse.compress.prune.laptop_diff import (
+    BlockInfluence,
+    CostVector,
+    Exact,
+    Exhaustive,
+    Given,
+    Greedy,
+    LaptopDiff,
+    Macs,
+    Magnitude,
+    OutputError,
+    Random,
+    TaskLoss,
+    Taylor,
+    TextScoreDrop,
+    additivity,
+    sweep,
+)
+from effuse.compress.units import macs, parameters, units
+from effuse.core import fit
+from effuse.distill.features import (
+    NormalizedFeatureDistillation,
+    PerBatch,
+    Plain,
+    Running,
+    UniformNoise,
+    stages,
+)
+from effuse.nn.residual import Residual
+
+
+def calls_of(model, count=2, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    size, out = model.config.sample_size, []
+    for _ in range(count):
+        x = torch.randn(2, model.config.in_channels, size, size, generator=rng)
+        t = torch.randint(0, 1000, (2,), generator=rng)
+        if "DiT" in type(model).__name__:
+            out.append(((x,), {"timestep": t, "class_labels": torch.tensor([1, 2])}))
+        elif "PixArt" in type(model).__name__:
+            text = torch.randn(2, 5, 16, generator=rng)
+            added = {"resolution": None, "aspect_ratio": None}
+            more = {"encoder_hidden_states": text, "added_cond_kwargs": added}
+            out.append(((x,), {"timestep": t, **more}))
+        elif "Condition" in type(model).__name__:
+            text = torch.randn(2, 5, 32, generator=rng)
+            out.append(((x, t), {"encoder_hidden_states": text}))
+        else:
+            out.append(((x, t), {}))
+    return out
+
+
+@torch.no_grad()
+def run(model, call):
+    return model(*call[0], **call[1])[0]
+
+
+class Constant(nn.Module):
+    """A branch that ignores its weights but for its scale: g(x) = scale * x[:, perm]."""
+
+    def __init__(self, scale, roll):
+        super().__init__()
+        self.scale, self.roll = nn.Parameter(torch.tensor(scale, dtype=torch.float64)), roll
+
+    def forward(self, x):
+        return self.scale * x.roll(self.roll, 1)
+
+
+def parallel(scales, same=False):
+    """Branches in parallel; on white input, rolls by different amounts are uncorrelated."""
+    net = Residual(*(Constant(s, 1 if same else i + 1) for i, s in enumerate(scales)))
+    return net.double()
+
+
+def white(rows=16):
+    """Rows whose second moment is exactly the identity, so that rolls are exactly orthogonal."""
+    return torch.eye(rows, dtype=torch.float64) * rows**0.5
+
+
+# ---- scores
+
+
+def test_parallel_uncorrelated_branches_add_exactly():
+    net, calls = parallel([0.1, 0.2, 0.3, 0.5]), [((white(),), {})]
+    found = units(net)
+    scores = OutputError().scores(net, found, [{"call": calls[0]}])
+    assert scores == pytest.approx([0.01, 0.04, 0.09, 0.25], rel=1e-12)
+    named = dict(zip((u.name for u in found), scores, strict=True))
+    sets = [[u.name for i, u in enumerate(found) if mask >> i & 1] for mask in range(1, 16)]
+    study = additivity(net, named, calls, sets)
+    torch.testing.assert_close(study.measured, study.predicted, rtol=1e-12, atol=0)
+    assert study.pearson == pytest.approx(1)
+    assert study.spearman == pytest.approx(1)
+    assert study.slope == pytest.approx(1)
+
+
+def test_two_identical_branches_are_the_known_failure():
+    net, calls = parallel([0.3, 0.3], same=True), [((white(),), {})]
+    found = units(net)
+    scores = OutputError().scores(net, found, [{"call": calls[0]}])
+    named = dict(zip((u.name for u in found), scores, strict=True))
+    study = additivity(net, named, calls, [list(named)])
+    assert float(study.predicted) == pytest.approx(2 * 0.09)
+    assert float(study.measured) == pytest.approx(4 * 0.09)
+
+
+@pytest.mark.parametrize("solver", [Exact(), Greedy()])
+def test_a_branch_worth_nothing_goes_first(solver):
+    net = parallel([0.2, 0.0, 0.1, 0.3])
+    handle = LaptopDiff(keep=0.99, solver=solver).attach(net)
+    handle.observe([((white(),), {})])
+    assert handle.removed == ["branches.1"]
+    assert handle.report()["measured_error"] == 0
+    handle.detach()
+    handle = LaptopDiff(keep=0.5, solver=solver).attach(net)
+    handle.observe([((white(),), {})])
+    assert handle.removed == ["branches.1", "branches.2"]
+
+
+def test_ties_go_to_the_lower_index():
+    net = parallel([0.2, 0.2, 0.2, 0.2])
+    handle = LaptopDiff(keep=0.5).attach(net)
+    handle.observe([((white(),), {})])
+    assert handle.removed == ["branches.2", "branches.3"]
+
+
+class Blur(nn.Module):
+    """y = x + 0.5 x shifted; the target is x, so the branch only does harm."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = Residual(Constant(0.5, 1), Constant(0.1, 2))
+
+    def forward(self, x):
+        return (self.body(x),)
+
+
+def test_task_loss_and_taylor_know_a_harmful_branch():
+    net, x = Blur().double(), white()
+    batch = {"call": ((x,), {}), "target": x + 0.1 * x.roll(2, 1)}
+    found = units(net)
+    task = TaskLoss().scores(net, found, [batch])
+    assert task == [0.0, pytest.approx(0.01)]  # without the first it is perfect: no rise
+    taylor = Taylor().scores(net, found, [batch])
+    # L = mean (0.5 m roll1 + (0.1 m - 0.1) roll2)^2: dL/dm = (2 * 0.25, 0) at m = 1
+    assert taylor == pytest.approx([0.5, 0.0], abs=1e-12)
+    with pytest.raises(ValueError, match="uniform_calls"):
+        Taylor().scores(net, found, [{"call": ((x,), {})}])
+    with pytest.raises(ValueError, match="uniform_calls"):
+        TaskLoss().scores(net, found, [{"call": ((x,), {})}])
+
+
+def test_other_criteria_in_closed_form():
+    net, x = parallel([0.5, 2.0]), white()
+    found, rows = units(net), [{"call": ((x,), {})}]
+    assert Magnitude().scores(net, found, rows) == pytest.approx([0.5, 2.0])
+    # the block's out is x + .5 roll1 + 2 roll2, norms^2 5.25; without the first 5, inner product 5
+    cos = [5 / (5.25 * 5) ** 0.5, 1.25 / (5.25 * 1.25) ** 0.5]
+    got = BlockInfluence().scores(net, found, rows)
+    assert got == pytest.approx([1 - c for c in cos])
+    assert Random(3).scores(net, found, rows) == Random(3).scores(net, found, rows)
+    assert Random(3).scores(net, found, rows) != Random(4).scores(net, found, rows)
+
+    def scorer(model):
+        return float(model(x).detach().square().mean())
+
+    assert TextScoreDrop(scorer).scores(net, found, rows) == pytest.approx([0.25, 4.0])
+    with pytest.raises(ValueError, match="no score for"):
+        Given({"branches.0": 1.0}).scores(net, found, rows)
+
+
+@pytest.mark.parametrize("make", [tiny_unet, tiny_unet_cond, tiny_dit, tiny_pixart])
+def test_every_criterion_on_real_classes(make):
+    model = make()
+    found = units(model)
+    calls = calls_of(model, 1)
+    target = torch.randn(2, model.config.in_channels, *calls[0][0][0].shape[2:])
+    rows = [{"call": calls[0], "target": target}]
+    for criterion in (OutputError(), Magnitude(), Taylor(), TaskLoss(), BlockInfluence()):
+        scores = criterion.scores(model, found, rows)
+        assert len(scores) == len(found)
+        assert all(s >= 0 for s in scores)
+        assert max(scores) > 0
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_scores_need_no_gradient_and_leave_the_mode():
+    model = tiny_unet().train()
+    handle = LaptopDiff(keep=0.8).attach(model)
+    handle.observe(calls_of(model, 1))
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+# ---- selection and surgery
+
+
+def test_exhaustive_beats_or_equals_the_surrogate():
+    torch.manual_seed(0)
+    net = nn.Sequential(*(Residual(nn.Sequential(nn.Linear(6, 6), nn.Tanh())) for _ in range(7)))
+    calls = [((torch.randn(64, 6),), {})]
+    errors = {}
+    for solver in (Exhaustive(), Exact(), Greedy()):
+        handle = LaptopDiff(keep=0.5, solver=solver).attach(net)
+        handle.observe(calls)
+        errors[type(solver)] = handle.report()["measured_error"]
+        assert handle.report()["kept"] <= 0.5
+        handle.detach()
+    assert errors[Exhaustive] <= errors[Exact] + 1e-12
+    assert errors[Exhaustive] <= errors[Greedy] + 1e-12
+
+
+@pytest.mark.parametrize("make", [tiny_unet, tiny_unet_cond, tiny_dit, tiny_pixart])
+def test_budget_holds_and_counts_are_exact(make):
+    model = make()
+    total, calls = parameters(model), calls_of(model, 1)
+    before = run(model, calls[0])
+    for keep in (0.9, 0.7, 0.55):
+        handle = LaptopDiff(keep=keep).attach(model)
+        handle.observe(calls)
+        report = handle.report()
+        assert report["parameters"] == parameters(model) <= keep * total
+        assert report["parameters_before"] == total
+        assert report["measured_error"] == pytest.approx(
+            float((run(model, calls[0]).double() - before.double()).square().mean()), rel=1e-6
+        )
+        json.dumps(report)
+        handle.detach()
+        assert torch.equal(run(model, calls[0]), before)
+
+
+def test_keep_one_removes_nothing():
+    model = tiny_dit()
+    handle = LaptopDiff(keep=1).attach(model)
+    before = run(model, calls_of(model)[0])
+    handle.observe(calls_of(model))
+    assert handle.removed == []
+    assert torch.equal(run(model, calls_of(model)[0]), before)
+    assert handle.report()["measured_error"] == 0
+    assert handle.objective(copy.deepcopy(model)) is None
+
+
+def test_error_grows_as_less_is_kept():
+    model = tiny_unet_cond()
+    rows = sweep(model, calls_of(model), [1.0, 0.9, 0.7, 0.5, 0.01])
+    predicted = [r["predicted_error"] for r in rows[:4]]
+    assert predicted == sorted(predicted)
+    assert predicted[0] == 0
+    cost = [r["macs"] for r in rows[:4]]
+    assert cost == sorted(cost, reverse=True)
+    assert "most" in rows[4]["refused"]
+    assert len(units(model)) == 20
+
+
+def test_floors_keep_cross_attention():
+    model = tiny_unet_cond()
+    everything = {u.name for u in units(model) if u.kind == "attn2"}
+    values = {u.name: 0.0 if u.kind == "attn2" else 1.0 for u in units(model)}
+    bare = LaptopDiff(keep=0.9, criterion=Given(values)).attach(model)
+    bare.observe(calls_of(model, 1))
+    assert everything <= set(bare.removed)
+    bare.detach()
+    handle = LaptopDiff(keep=0.9, criterion=Given(values), floors={"attn2": 0.5}).attach(model)
+    handle.observe(calls_of(model, 1))
+    assert len(everything & set(handle.removed)) == len(everything) // 2
+
+
+def test_cost_in_macs_or_any_vector():
+    model = tiny_unet_cond()
+    calls = calls_of(model, 1)
+    whole = macs(model, calls[0])
+    handle = LaptopDiff(keep=0.6, cost=Macs()).attach(model)
+    handle.observe(calls)
+    assert macs(model, calls[0]) <= 0.6 * whole
+    handle.detach()
+    costs = {u.name: 1.0 for u in units(model)}
+    handle = LaptopDiff(keep=0.75, cost=CostVector(costs)).attach(model)
+    handle.observe(calls)
+    assert len(handle.removed) == 5  # of 20
+    with pytest.raises(ValueError, match="no cost for"):
+        LaptopDiff(keep=0.5, cost=CostVector({})).attach(tiny_dit()).observe(calls_of(tiny_dit()))
+
+
+def test_plan_rebuilds_on_a_fresh_network():
+    model = tiny_dit()
+    handle = LaptopDiff(keep=0.6).attach(model)
+    handle.observe(calls_of(model))
+    plan = json.loads(json.dumps(handle.plan()))
+    fresh = tiny_dit()
+    back = LaptopDiff(keep=0.6).restore(fresh, plan)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(run(fresh, calls_of(model)[0]), run(model, calls_of(model)[0]))
+    assert back.report()["parameters"] == handle.report()["parameters"]
+    with pytest.raises(ValueError, match="no unit"):
+        LaptopDiff().restore(tiny_unet(), plan)
+
+
+def test_saved_pipeline_comes_back_smaller_and_bit_for_bit(tmp_path):
+    pipe = tiny_sd()
+    store.save(pipe, tmp_path / "before")
+    calls = uniform_calls(pipe, ["ab", "cd"], count=1, batch=2, steps=1)
+    # floors and objects in fields have to be written down too
+    made = LaptopDiff(keep=0.6, cost=Macs(), solver=Greedy(), floors={"attn2": 0.5})
+    handle = made.attach(pipe.unet)
+    handle.observe(calls)
+    store.save(pipe, tmp_path / "after", [("unet", handle)])
+
+    def picture(p):
+        p.set_progress_bar_config(disable=True)
+        rng = torch.Generator().manual_seed(0)
+        return p("ab", num_inference_steps=2, generator=rng, output_type="np").images
+
+    back = store.load(tmp_path / "after")
+    assert (picture(back) == picture(pipe)).all()
+    size = {
+        k: (tmp_path / k / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+        for k in ("before", "after")
+    }
+    assert size["after"] < 0.75 * size["before"]
+
+
+def test_detach_after_healing_and_finalize():
+    model = tiny_unet()
+    calls, teacher = calls_of(model), copy.deepcopy(model)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    handle = LaptopDiff(keep=0.7).attach(model)
+    handle.observe(calls)
+    objective = handle.objective(teacher)
+    step = torch.optim.SGD(objective.parameters_of("student"), lr=1e-2)
+    fit(objective, [{"call": c} for c in calls], step, steps=2, progress=False)
+    with pytest.raises(ValueError, match="healed already"):
+        handle.observe(calls)
+    handle.detach()
+    after = model.state_dict()
+    assert list(after) == list(state)
+    assert all(torch.equal(after[k], v) for k, v in state.items())
+    handle = LaptopDiff(keep=0.7).attach(model)
+    handle.observe(calls)
+    handle.finalize()
+    with pytest.raises(RuntimeError, match="finalized"):
+        handle.detach()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"keep": 0.0}, "keep=0.0"),
+        ({"keep": 1.3}, "keep=1.3"),
+        ({"floors": {"attn2": 2.0}}, "attn2"),
+    ],
+)
+def test_bad_fields(fields, words):
+    with pytest.raises(ValueError, match=words):
+        LaptopDiff(**fields)
+
+
+def test_bad_use():
+    model = tiny_dit()
+    with pytest.raises(ValueError, match="is the most that its 6 removable units allow"):
+        LaptopDiff(keep=0.05).attach(model)
+    with pytest.raises(ValueError, match="expected one of attn1, ff"):
+        LaptopDiff(floors={"attn2": 0.5}).attach(model)
+    with pytest.raises(ValueError, match="no calls"):
+        LaptopDiff().attach(model).observe([])
+    with torch.no_grad():
+        model.transformer_blocks[0].ff.net[0].proj.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="score"):
+        LaptopDiff(criterion=Magnitude()).attach(model).observe(calls_of(model))
+    handle = LaptopDiff(solver=Exhaustive()).attach(tiny_unet_cond())
+    with pytest.raises(ValueError, match="at most 16"):
+        handle.observe(calls_of(tiny_unet_cond(), 1))
+
+
+# ---- healing
+
+
+class Stage(nn.Module):
+    def __init__(self, gain):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(float(gain)))
+
+    def forward(self, x):
+        return self.gain * x
+
+
+def staged(*gains):
+    return nn.Sequential(*(Stage(g) for g in gains))
+
+
+X = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
+
+
+def terms_of(objective):
+    loss = objective.loss("student", {"call": ((X,), {})})
+    return {k: float(v) for k, v in loss.terms.items()}, loss
+
+
+def test_terms_are_one_where_the_student_is_silent():
+    objective = NormalizedFeatureDistillation(staged(2, 30, 0.1), staged(0, 1, 1), ["0", "1", "2"])
+    terms, _ = terms_of(objective)
+    assert [terms[f"feature/{i}"] for i in range(3)] == pytest.approx([1, 1, 1], rel=1e-6)
+
+
+def test_zero_where_student_and_teacher_agree():
+    objective = NormalizedFeatureDistillation(staged(2, 3), staged(2, 3), ["0", "1"])
+    terms, loss = terms_of(objective)
+    assert set(terms.values()) == {0.0}
+    loss.total.backward()
+    assert all(float(p.grad) == 0 for p in objective.student.parameters())
+
+
+@pytest.mark.parametrize("k", [1e-3, 7.0, 1e4])
+def test_rescaling_a_stage_of_both_leaves_its_term(k):
+    def term(a, b, normalizer):
+        objective = NormalizedFeatureDistillation(
+            staged(a, 1), staged(b, 1), ["0"], normalizer=normalizer
+        )
+        return terms_of(objective)[0]["feature/0"]
+
+    assert term(2 * k, 3 * k, PerBatch()) == pytest.approx(term(2, 3, PerBatch()), rel=1e-5)
+    assert term(2, 3, PerBatch()) == pytest.approx(0.25, rel=1e-5)
+    assert term(2 * k, 3 * k, Plain()) == pytest.approx(k**2 * term(2, 3, Plain()), rel=1e-5)
+
+
+def test_the_normalizer_has_no_gradient_and_learning_goes_towards_the_teacher():
+    objective = NormalizedFeatureDistillation(staged(2), staged(1), ["0"], weights=(0, 0, 1))
+    _, loss = terms_of(objective)
+    loss.total.backward()
+    # a (2 - g)^2 E x^2 with a = 1 / (4 E x^2): d/dg = -2 (2 - g) / 4 = -0.5 at g = 1
+    assert float(objective.student[0].gain.grad) == pytest.approx(-0.5, rel=1e-5)
+    assert objective.teacher[0].gain.grad is None
+    assert not objective.teacher[0].gain.requires_grad
+
+
+def test_running_normalizer_is_the_moving_average():
+    rule = Running(decay=0.5, tiny=0)
+    a, kept = rule.weights(torch.tensor([4.0]), None)
+    assert float(a) == 0.25
+    a, kept = rule.weights(torch.tensor([8.0]), kept)
+    assert float(kept) == 6.0
+    assert float(a) == pytest.approx(1 / 6)
+
+
+def test_task_and_output_terms():
+    objective = NormalizedFeatureDistillation(staged(2), staged(1), [], weights=(3, 5, 1))
+    loss = objective.loss("student", {"call": ((X,), {}), "target": torch.zeros_like(X)})
+    power = float(X.square().mean())
+    assert float(loss.terms["task"]) == pytest.approx(3 * power)
+    assert float(loss.terms["output"]) == pytest.approx(5 * power)
+    assert float(loss.total) == pytest.approx(8 * power)
+    with pytest.raises(ValueError, match="recorded `call`"):
+        objective.loss("student", {"x0": X})
+
+
+def test_a_tap_is_never_compared_with_itself():
+    net = staged(1, 2)
+    with pytest.raises(ValueError, match="compared with itself"):
+        NormalizedFeatureDistillation(net, net, ["0"])
+    with pytest.raises(ValueError, match="compared with itself"):
+        NormalizedFeatureDistillation(nn.Sequential(net[0], Stage(1)), net, ["0"])
+    with pytest.raises(TypeError, match="give `taps`"):
+        NormalizedFeatureDistillation(staged(1), staged(1))
+
+
+def test_stages_are_found_by_structure():
+    assert stages(tiny_unet_cond()) == [
+        "down_blocks.0",
+        "down_blocks.1",
+        "mid_block",
+        "up_blocks.0",
+        "up_blocks.1",
+    ]
+    assert stages(tiny_dit()) == [f"transformer_blocks.{i}" for i in range(3)]
+    assert stages(tiny_dit(num_layers=6), groups=2) == [
+        "transformer_blocks.2",
+        "transformer_blocks.5",
+    ]
+
+
+@pytest.mark.parametrize("make", [tiny_unet, tiny_unet_cond, tiny_dit, tiny_pixart])
+def test_healing_lowers_the_loss_and_leaves_the_teacher(make):
+    model = make()
+    teacher, calls = copy.deepcopy(model), calls_of(model)
+    kept = {k: v.clone() for k, v in teacher.state_dict().items()}
+    handle = LaptopDiff(keep=0.7).attach(model)
+    handle.observe(calls)
+    objective = handle.objective(teacher)
+    batches = [{"call": c} for c in calls]
+    with torch.no_grad():
+        first = sum(float(objective.loss("student", b).total) for b in batches)
+    optimizer = torch.optim.Adam(objective.parameters_of("student"), lr=1e-3)
+    fit(objective, batches, optimizer, steps=12, progress=False)
+    with torch.no_grad():
+        last = sum(float(objective.loss("student", b).total) for b in batches)
+    assert last < 0.9 * first
+    assert all(torch.equal(v, kept[k]) for k, v in teacher.state_dict().items())
+    assert not any(m._forward_hooks for m in model.modules())
+    assert not any(m._forward_hooks for m in teacher.modules())
+
+
+def test_healing_from_clean_samples():
+    import effuse
+
+    pipe = tiny_sd()
+    student = copy.deepcopy(pipe.unet)
+    spoil = UniformNoise(effuse.wrap(pipe).schedule)
+    objective = NormalizedFeatureDistillation(pipe.unet, student, spoil=spoil)
+    batch = {"x0": torch.randn(2, 4, 8, 8), "encoder_hidden_states": torch.randn(2, 5, 32)}
+    loss = objective.loss("student", batch, rng=torch.Generator().manual_seed(0))
+    assert float(loss.terms["output"]) == 0
+    assert float(loss.terms["task"]) > 0.5  # an untrained network against unit noise
+
+
+def test_the_transform_is_a_value():
+    assert LaptopDiff() == LaptopDiff()
+    assert dataclasses.replace(LaptopDiff(), keep=0.5).keep == 0.5
