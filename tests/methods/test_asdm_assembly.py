@@ -26,6 +26,7 @@ from effuse.compress.rewire.asdm_assembly import (
     Blocks,
     Copies,
     Explicit,
+    FrontDense,
     Group,
     Imitate,
     Inherit,
@@ -448,6 +449,53 @@ def test_a_plan_brings_the_cache_back(name, level):
     assert again.parts == handle.parts
     assert same(walk(fresh, name), want)
     assert list(fresh.state_dict()) == list(MODELS[name].state_dict())
+
+
+@pytest.mark.bridge
+@pytest.mark.parametrize(
+    ("transforms", "plain"),
+    [
+        ([Inherit(Blocks(0), Uniform(2))], False),
+        ([Assemble(kept={"mid_block": ()}), Inherit(Layers(), FrontDense(5, 2))], False),
+        ([Assemble(experts=Removed())], False),
+        ([Assemble()], True),
+    ],
+)
+def test_saved_pipelines_come_back_bit_for_bit(transforms, plain, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    import effuse
+    from effuse.bridge import store
+
+    pipe = tiny_sd(layers_per_block=2)
+    before = sample(pipe)
+    handles = [t.attach(pipe.unet) for t in transforms]
+    want = sample(pipe)
+    store.save(pipe, tmp_path / "out", [("unet", h) for h in handles])
+    for load in (effuse.load, DiffusionPipeline.from_pretrained):
+        again = load(tmp_path / "out")
+        again.set_progress_bar_config(disable=True)
+        assert (type(again.unet) is type(pipe.unet)) == plain
+        assert torch.equal(sample(again), want)
+        assert torch.equal(sample(again), want)
+    for handle in reversed(handles):
+        handle.detach()
+    assert torch.equal(sample(pipe), before)
+
+
+@pytest.mark.parametrize("level", [Blocks(0), Layers(deep=None), Units(deep=None)], ids=str)
+def test_removed_units_and_inheritance_go_together(name, level):
+    """What `effuse.compress.units` took away stays away, and the rest inherits."""
+    from effuse.compress.units import remove, units
+
+    model = copy.deepcopy(MODELS[name])
+    gone = [u.name for u in units(model)][::3]
+    remove(model, gone)
+    plain = walk(model, name)
+    with Inherit(level, Uniform(2)).attach(model):
+        out = walk(model, name)
+    assert same(out[::2], plain[::2])
+    assert not torch.equal(out[1], plain[1])
 
 
 @pytest.mark.parametrize(

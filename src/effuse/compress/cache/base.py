@@ -33,7 +33,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -286,7 +286,7 @@ class Cached(Applied):
             model.register_forward_hook(self._leave, always_call=True),
         ]
 
-    def __enter__(self) -> Cached:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -248,10 +248,7 @@ class Assemble(Transform):
     def restore(self, model: nn.Module, plan: Mapping[str, Any]) -> Assembled:
         """Cut a fresh network as `plan` says, or take one that its config built that short."""
         kept = {name: tuple(layers) for name, layers in plan["kept"].items()}
-        sizes = stage_sizes(model)
-        short = {n: tuple(range(len(k))) for n, k in kept.items()}
-        done = all(sizes.get(n, 0) == len(k) for n, k in kept.items())
-        return Assembled(self, model, short if done else kept, plan["experts"])
+        return Assembled(self, model, kept, plan["experts"])
 
 
 class Assembled(Applied):
@@ -271,8 +268,12 @@ class Assembled(Applied):
         self._weights: dict[str, torch.Tensor] = {}
         self.before = sum(p.numel() for p in model.parameters())
         self.sizes = stage_sizes(model)
-        removed = _removed_convs(model, kept) if transform.experts else {}
-        self._old = cut(model, kept)
+        # a saved network comes back from its config, which is short already
+        short = experts is not None and all(
+            self.sizes.get(n, 0) == len(layers) for n, layers in kept.items()
+        )
+        removed = {} if short else _removed_convs(model, kept)
+        self._old: list[tuple[Any, str, Any]] = [] if short else cut(model, kept)
         self.experts: dict[str, int] = {}
         if experts is not None:
             for name, count in experts.items():
@@ -315,7 +316,8 @@ class Assembled(Applied):
         return {
             "parameters_before": self.before,
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "layers": {n: [len(self.kept.get(n, range(s))), s] for n, s in self.sizes.items()},
+            "layers": stage_sizes(self.model),
+            "layers_before": self.sizes,
             "conditional_convolutions": len(self.experts),
         }
 
