@@ -1,0 +1,78 @@
+"""Pictures as tensors and as files."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def to_image(picture: Tensor) -> Image:
+    """Return picture: (3, H, W) or (1, H, W) in [0, 1], as a Pillow image; values are cut."""
+    from PIL import Image
+
+    if picture.ndim != 3 or picture.shape[0] not in (1, 3):
+        raise ValueError(f"a picture of shape {tuple(picture.shape)}: expected (3, H, W)")
+    levels = (picture.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+    levels = levels.expand(3, -1, -1).permute(1, 2, 0).contiguous()
+    return Image.fromarray(levels.numpy(), "RGB")
+
+
+def data_uri(picture: Tensor) -> str:
+    """Return picture: (3, H, W) in [0, 1] inside a data URI.
+
+    PNG, which loses nothing, up to 128 x 128; WebP at quality 92 above.
+    """
+    file = io.BytesIO()
+    small = picture.shape[-1] * picture.shape[-2] <= 128 * 128
+    if small:
+        to_image(picture).save(file, "PNG", optimize=True)
+    else:
+        to_image(picture).save(file, "WEBP", quality=92)
+    kind = "png" if small else "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def grid(pictures: Tensor, columns: int, gap: int = 2) -> Tensor:
+    """Return pictures: (B, C, H, W) row by row in one, (C, *, *), white between and around.
+
+    Args:
+        pictures: at least one.
+        columns: pictures in a row; the last row is filled with white.
+        gap: pixels between and around.
+    """
+    if pictures.ndim != 4 or not len(pictures) or columns < 1:
+        raise ValueError(
+            f"pictures of shape {tuple(pictures.shape)}, columns={columns}: expected "
+            "(B, C, H, W) with one or more of each"
+        )
+    b, c, h, w = pictures.shape
+    rows = -(-b // columns)
+    framed = F.pad(pictures, (gap, 0, gap, 0), value=1.0)
+    full = torch.cat([framed, framed.new_ones(rows * columns - b, c, h + gap, w + gap)])
+    sheet = full.reshape(rows, columns, c, h + gap, w + gap).permute(2, 0, 3, 1, 4)
+    return F.pad(sheet.reshape(c, rows * (h + gap), columns * (w + gap)), (0, gap, 0, gap), value=1)
+
+
+def save_grid(pictures: Tensor, file: str | Path, columns: int) -> Path:
+    """Write pictures: (B, C, H, W) in [0, 1] into one image file, whole or not at all."""
+    file = Path(file)
+    if file.suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
+        raise ValueError(f"{file.name}: expected a name ending in .png, .webp or .jpg")
+    draft = file.with_name(f".{file.stem}.draft{file.suffix}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        to_image(grid(pictures, columns)).save(draft)
+        os.replace(draft, file)
+    finally:
+        draft.unlink(missing_ok=True)
+    return file
