@@ -324,11 +324,11 @@ def fetch(source: Source, folder: Path | None = None) -> Path:
                 "Check npm_config_registry, or put the tarball into the folder "
                 f"{folder} as {source.file}"
             ) from error
-    found = _sha256(part)
-    if found != source.sha256:
+    came = _sha256(part)
+    if came != source.sha256:
         part.unlink()
         raise RuntimeError(
-            f"{source.file}: sha256 {found}, expected {source.sha256}; it was removed, try again"
+            f"{source.file}: sha256 {came}, expected {source.sha256}; it was removed, try again"
         )
     os.replace(part, target)
     return target
@@ -383,7 +383,8 @@ def _names(row: dict[str, Any]) -> tuple[str, ...]:
     points = _points(row["unified"])
     short = [_clean(s) for s in row["short_names"]]
     full = _clean(row["name"] or "")
-    sub, names = row["subcategory"], []
+    sub: str = row["subcategory"]
+    names: list[str] = []
     names += ALIASES.get(points, ())
     if sub == "country-flag":
         country = full.removesuffix(" flag").removeprefix("flag ")
@@ -472,13 +473,14 @@ def _picture(data: bytes) -> np.ndarray:
     return np.asarray(picture).transpose(2, 0, 1)
 
 
-def _build(folder: Path) -> tuple[np.ndarray, list[list[int | str]], list[dict[str, Any]]]:
+def _build(folder: Path) -> tuple[np.ndarray, list[list[Any]], list[dict[str, Any]]]:
     """Read the tarballs: images, [style index, code points] a picture, and emoji.json."""
     files = {s.style: fetch(s, folder) for s in SOURCES}
     _, raw = next(_members(files["noto"], r"^package/emoji\.json$"))
     rows = json.loads(raw)
     known = {e.points for e in entries(rows)}
-    images, index = [], []
+    images: list[np.ndarray] = []
+    index: list[list[Any]] = []
     patterns = {
         "fluent": r"^package/assets/.*\.webp$",
         "noto": r"^package/img/google/64/.*\.png$",

@@ -98,7 +98,7 @@ def emoji(pictures: data.Pictures, count: int) -> dict[str, Any]:
     common = [p for p in prompts() if not p.held]
     texts = [p.text for p in common] * 4
     x = draw(pipe, texts, 7000)
-    out = {
+    out: dict[str, Any] = {
         "guidance": GUIDANCE,
         "steps": STEPS,
         "real_held_out": truth(held),

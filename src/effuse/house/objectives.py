@@ -22,6 +22,8 @@ class Reconstruction(Objective):
     batch["image"]: (B, 3, H, W) in [-1, 1].
     """
 
+    student: Any
+
     def __init__(self, student: nn.Module, kl: float = 2e-4):
         super().__init__()
         self.student, self.kl = student, kl
@@ -37,7 +39,8 @@ class Reconstruction(Objective):
         mean, logvar = latent.mean.float(), latent.logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         l1, l2 = (y - x).abs().mean(), (y - x).square().mean()
-        edges = sum((a - b).abs().mean() for a, b in zip(_gradient(y), _gradient(x), strict=True))
+        pairs = zip(_gradient(y), _gradient(x), strict=True)
+        edges = torch.stack([(a - b).abs().mean() for a, b in pairs]).sum()
         total = l1 + 3 * l2 + 0.5 * edges + self.kl * kl
         return Loss(total, {"l1": l1, "mse": l2 / 4, "edges": edges, "kl": kl})
 
@@ -49,6 +52,8 @@ class Contrastive(Objective):
     batch["base"]: (B,) number of the emoji; batch["styled"]: (B,) bool, caption names its style.
     Pairs of one emoji that a caption without style cannot tell apart are not counted as wrong.
     """
+
+    student: Any
 
     def __init__(self, student: nn.Module):
         super().__init__()
@@ -86,6 +91,9 @@ class Velocity(Objective):
         student: a diffusers network, called as `student(x, t, **rest).sample`.
         cumulative: (T,) cumulative alphas of the noise schedule. cap: of the weight.
     """
+
+    student: Any
+    cumulative: Tensor
 
     def __init__(self, student: nn.Module, cumulative: Tensor, cap: float = 6.0):
         super().__init__()

@@ -68,7 +68,7 @@ class MatrixAdam(torch.optim.Optimizer):
                 if "m" not in self.state[p]:
                     self.state[p]["m"] = torch.zeros_like(p)
             moments = [self.state[p]["m"] for p in members]
-            grads = [p.grad for p in members]
+            grads = [p.grad for p in members if p.grad is not None]
             torch._foreach_lerp_(moments, grads, 1 - group["momentum"])
             ahead = torch._foreach_lerp(grads, moments, group["momentum"])
             out = orthogonalize(torch.stack([a.reshape(shape) for a in ahead])).float()
@@ -88,7 +88,7 @@ class MatrixAdam(torch.optim.Optimizer):
         group["count"] = group.get("count", 0) + 1
         m = [self.state[p]["m"] for p in live]
         v = [self.state[p]["v"] for p in live]
-        grads = [p.grad for p in live]
+        grads = [p.grad for p in live if p.grad is not None]
         torch._foreach_lerp_(m, grads, 1 - b1)
         torch._foreach_mul_(v, b2)
         torch._foreach_addcmul_(v, grads, grads, 1 - b2)
