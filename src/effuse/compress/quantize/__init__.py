@@ -1,0 +1,4 @@
+"""Fewer bits a number: weights, and activations on the fly.
+
+Grids are in `effuse.ops.grid`, layers in `effuse.nn.quantized`; `base` swaps them in and out.
+"""

@@ -1,0 +1,77 @@
+"""Layers of a network swapped for quantized ones, and back; shared by all quantizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from effuse.core.contracts import Applied, Transform
+
+
+def layers_of(
+    model: nn.Module, wanted: Callable[[str, nn.Module], bool]
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the layers that `wanted` accepts, each once, under its first dotted name."""
+    for name, module in model.named_modules():
+        if name and wanted(name, module):
+            yield name, module
+
+
+def owners(model: nn.Module, layer: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Return every (module, attribute) under which `layer` stands in `model`."""
+    return [
+        (parent, child)
+        for parent in model.modules()
+        for child, module in parent._modules.items()
+        if module is layer
+    ]
+
+
+def bytes_of(module: nn.Module) -> int:
+    """Return the bytes of what the module saves: its state dict, shared tensors once."""
+    state = {t.data_ptr(): t for t in module.state_dict().values()}
+    return sum(t.numel() * t.element_size() for t in state.values())
+
+
+class Swapped(Applied):
+    """Quantized layers in the place of the original ones, which are kept until `finalize`.
+
+    Args:
+        transform: what made it.
+        model: changed in place.
+        layers: new layers by the dotted name of those they replace.
+    """
+
+    def __init__(self, transform: Transform, model: nn.Module, layers: Mapping[str, nn.Module]):
+        self.transform, self.model, self.layers = transform, model, dict(layers)
+        self.before = bytes_of(model)
+        old = {name: model.get_submodule(name) for name in layers}
+        self.replaced = sum(bytes_of(m) for m in old.values())
+        places = [(name, place) for name, m in old.items() for place in owners(model, m)]
+        self._old = [(*place, old[name]) for name, place in places]
+        for name, (owner, child) in places:
+            setattr(owner, child, self.layers[name])
+        self.finalized = False
+
+    def report(self) -> dict[str, Any]:
+        """Return counted bytes of the layers and of the network, before and after."""
+        return {
+            "layers": len(self.layers),
+            "layer_bytes_before": self.replaced,
+            "layer_bytes": sum(bytes_of(m) for m in self.layers.values()),
+            "bytes_before": self.before,
+            "bytes": bytes_of(self.model),
+        }
+
+    def detach(self) -> None:
+        """Put the original layers back."""
+        if self.finalized:
+            raise RuntimeError("the original layers were given up by finalize: load them again")
+        for owner, child, module in self._old:
+            setattr(owner, child, module)
+
+    def finalize(self) -> None:
+        """Give the original layers up, and with them their memory."""
+        self._old, self.finalized = [], True
