@@ -112,10 +112,16 @@ def test_rounds_take_turns_and_keep_pairs():
 
         return run
 
-    taken = rounds_of({"a": draw("a", 2.0), "b": draw("b", 1.0)}, 3, warmup=1, clock=lambda: now[0])
+    taken = rounds_of(
+        {"a": draw("a", 2.0), "b": draw("b", 1.0)},
+        3,
+        warmup=1,
+        clock=lambda: now[0],
+        processor=lambda: 0.0,
+    )
     assert order == ["b", "a", "a", "b", "b", "a", "a", "b"]
-    assert taken["a"].tolist() == [2, 2, 2]
-    assert median(taken["b"] / taken["a"]) == (0.5, (0.5, 0.5))
+    assert taken["a"].tolist() == [[2, 2, 2], [0, 0, 0]]
+    assert median(taken["b"][0] / taken["a"][0]) == (0.5, (0.5, 0.5))
 
 
 def test_bytes_count_shared_storage_once():

@@ -43,6 +43,8 @@ class Cost:
     peak_bytes: most bytes of tensors held at once while a picture is drawn, above what was held
         before (so without weights); "how" in `peak_how`.
     seconds_per_image: median over rounds. `seconds_interval`: of the median, bootstrap.
+    processor_seconds: the same of processor time over all threads of the process, which other
+        programs on the machine hardly move. `processor_interval`: likewise.
     ratio: median over rounds of seconds over those of the first pipeline in the same round.
     threads: of the processor that torch used. rounds: how many pictures were timed.
     uncounted: operations that may multiply and have no formula here; empty is what you want.
@@ -61,6 +63,8 @@ class Cost:
     peak_how: str
     seconds_per_image: float
     seconds_interval: tuple[float, float]
+    processor_seconds: float
+    processor_interval: tuple[float, float]
     ratio: float
     ratio_interval: tuple[float, float]
     threads: int
@@ -265,8 +269,9 @@ class Peak:
             self.bytes = torch.cuda.max_memory_allocated(self.device) - self._start
             return
         self._profile.__exit__(*error)
-        results = self._profile.profiler.kineto_results  # type: ignore[union-attr]
-        events = [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"]
+        profiler: Any = self._profile.profiler
+        recorded = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
+        events = [(e.start_ns(), e.nbytes()) for e in recorded]
         held = 0
         for _, change in sorted(events, key=lambda event: event[0]):
             held += change
@@ -337,6 +342,7 @@ def rounds_of(
     warmup: int = 1,
     device: torch.device | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    processor: Callable[[], float] = time.process_time,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Tensor]:
     """Time several draws in turn: A B C, then B C A, ...; what slows the machine slows all.
@@ -346,29 +352,31 @@ def rounds_of(
         rounds: how often each is timed.
         warmup: unmeasured draws of each before.
         device: synchronized before the clock is read.
-        clock: gives seconds.
+        clock: gives seconds that pass.
+        processor: gives seconds of processor time.
         progress: called with a name before each draw.
 
     Returns:
-        Seconds of each, (rounds,) float64; entry i of all was taken in the same round.
+        Seconds of each and its processor seconds, (2, rounds) float64; column i of all was taken
+        in the same round.
     """
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: expected a positive integer")
     device = device or torch.device("cpu")
     names = list(draws)
-    taken: dict[str, list[float]] = {n: [] for n in names}
+    taken: dict[str, list[tuple[float, float]]] = {n: [] for n in names}
     for i in range(-warmup, rounds):
         shift = i % len(names)
         for name in names[shift:] + names[:shift]:
             if progress:
                 progress(name)
             _synchronize(device)
-            begun = clock()
+            begun, worked = clock(), processor()
             draws[name]()
             _synchronize(device)
             if i >= 0:
-                taken[name].append(clock() - begun)
-    return {n: torch.tensor(s, dtype=torch.float64) for n, s in taken.items()}
+                taken[name].append((clock() - begun, processor() - worked))
+    return {n: torch.tensor(s, dtype=torch.float64).mT for n, s in taken.items()}
 
 
 def median(seconds: Tensor, level: float = 0.95) -> tuple[float, tuple[float, float]]:
@@ -418,8 +426,9 @@ def measure(
     for name, pipe in pipes.items():
         modules = list(networks(pipe).values())
         folder = (folders or {}).get(name)
-        middle, around = median(seconds[name], level)
-        ratio, ratio_around = median(seconds[name] / first, level)
+        middle, around = median(seconds[name][0], level)
+        worked, worked_around = median(seconds[name][1], level)
+        ratio, ratio_around = median(seconds[name][0] / first[0], level)
         held = bytes_of(*modules)
         out[name] = Cost(
             parameters=_parameters(modules),
@@ -429,6 +438,8 @@ def measure(
             folder=bool(folder),
             seconds_per_image=middle,
             seconds_interval=around,
+            processor_seconds=worked,
+            processor_interval=worked_around,
             ratio=ratio,
             ratio_interval=ratio_around,
             threads=torch.get_num_threads(),

@@ -320,10 +320,13 @@ class Precision(_Manifold):
     """
 
     name, unit, better = "precision", "fraction", "higher"
+    _reach: Tensor | None = None
 
     def inside(self) -> Tensor:
         """Return 1 for each sample inside the real manifold, (N,)."""
-        return _covered(self.rows, self.reference, _radii(self.reference, self.neighbors))
+        if self._reach is None:
+            self._reach = _radii(self.reference, self.neighbors)
+        return _covered(self.rows, self.reference, self._reach)
 
 
 class Recall(_Manifold):

@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,6 +117,7 @@ class Comparison:
                     "macs_per_call",
                     "bytes_in_memory",
                     "peak_bytes",
+                    "processor_seconds",
                 )
             }
             scores.setdefault("frechet", math.nan)
@@ -245,7 +247,7 @@ def compare(
     total = len(listed) * (pictures + 3 + rounds) + extra
     with _Bar(total, progress) as tick:
         drawn = {
-            n: draw_some(e, asked, seeds, batch=batch, progress=lambda k, n=n: tick(n, k))
+            n: draw_some(e, asked, seeds, batch=batch, progress=partial(tick, n))
             for n, e in listed.items()
         }
         if extra:
@@ -396,6 +398,7 @@ def _judged(
     distinct = list(dict.fromkeys(texts))
     own = torch.tensor([distinct.index(t) for t in texts])
     candidates = judges.clip.text(distinct) if judges.clip is not None else None
+    laws = _laws(judges, len(texts))
     first_cosine: Tensor | None = None
     for i, (name, pictures) in enumerate(drawn.items()):
         scores: dict[str, Score] = {}
@@ -423,8 +426,9 @@ def _judged(
             if first_cosine is None:
                 first_cosine = cosine
             kept = _kept(cosine, first_cosine, level)
-        if net is not None and judges.reference is not None:
-            _add_laws(add, seen[name], judges)
+        for metric, note in laws:
+            metric.reset()
+            add(metric, seen[name], note=note)
         if i and pictures.shape == first.shape:
             add(quality.Psnr(), pictures, first)
             if min(pictures.shape[-2:]) >= 11:
@@ -436,21 +440,21 @@ def _judged(
     return out
 
 
-def _add_laws(add: Callable[..., None], rows: Tensor, judges: Judges) -> None:
-    assert judges.reference is not None
-    assert judges.features is not None
+def _laws(judges: Judges, count: int) -> list[tuple[Metric, str]]:
+    """Return the metrics that hold `count` pictures against the reference, with their notes."""
+    if judges.reference is None or judges.features is None or count < 2:
+        return []
     real, what = judges.reference, judges.features.name
-    # under half as many components as pictures, or the fitted covariance is singular
-    components = max(1, min(64, len(rows) // 2, real.shape[1], len(real) - 1))
-    metric = quality.Frechet(real, components)
+    # at most half as many components as pictures, or the fitted covariance is singular
+    components = max(1, min(64, count // 2, real.shape[1], len(real) - 1))
+    distance = quality.Frechet(real, components)
     note = f"{what}, first {components} principal components"
-    if judges.real and 2 <= len(rows) <= len(real) - 2:
-        note += f"; as many real pictures: {metric.floor(len(rows)):.3g}"
-    add(metric, rows, note=note)
-    add(quality.Kid(real), rows, note=what)
-    if min(len(rows), len(real)) > 3:
-        add(quality.Precision(real), rows, note=what)
-        add(quality.Recall(real), rows, note=what)
+    if judges.real and count <= len(real) - 2:
+        note += f"; as many real pictures: {distance.floor(count):.3g}"
+    out: list[tuple[Metric, str]] = [(distance, note), (quality.Kid(real), what)]
+    if min(count, len(real)) > 3:
+        out += [(quality.Precision(real), what), (quality.Recall(real), what)]
+    return out
 
 
 def _kept(cosine: Tensor, first: Tensor, level: float) -> Score:

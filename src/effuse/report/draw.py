@@ -79,7 +79,7 @@ def checked(pipe: Any, conditions: Sequence[Condition] | None) -> list[Condition
     if conditions is None:
         return usual(pipe)
     kind = kind_of(pipe)
-    listed = [conditions] if isinstance(conditions, str) else list(conditions)
+    listed: list[Condition] = [conditions] if isinstance(conditions, str) else [*conditions]
     if not listed:
         raise ValueError("an empty list of prompts: expected one or more, or None")
     if kind == "text":

@@ -95,12 +95,12 @@ _COSTS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
         "mean over the calls of one picture; exact",
         lambda v: scaled(v, ""),
     ),
-    ("network_calls", "network calls", "per picture; exact", figures),
+    ("network_calls", "network calls", "per picture; exact", str),
     (
         "evaluations",
         "rows evaluated",
         "per picture: guidance in a double batch makes two a call; exact",
-        figures,
+        str,
     ),
     ("parameters", "parameters", "of all networks, shared ones once", lambda v: scaled(v, "")),
     ("bytes_on_disk", "size on disk", "", lambda v: scaled(v, "B")),
@@ -117,6 +117,12 @@ _COSTS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
         lambda v: scaled(v, "B"),
     ),
     ("seconds_per_image", "seconds per picture", "", duration),
+    (
+        "processor_seconds",
+        "processor time per picture",
+        "over all threads; other programs on the machine hardly move it",
+        duration,
+    ),
 )
 
 _SCORES: tuple[tuple[str, str, str, str], ...] = (
@@ -144,6 +150,8 @@ def table(found: Comparison) -> list[Row]:
             if key == "seconds_per_image":
                 note = between(*r.cost.seconds_interval, duration)
                 about = f"median of {r.cost.rounds}, taken in turn, {_threads(r)}"
+            if key == "processor_seconds":
+                note = between(*r.cost.processor_interval, duration)
             if key == "bytes_on_disk":
                 note = "files of its folder" if r.cost.folder else "weights as held, not saved"
             if r is not results[0] and start > 0 and value > 0:
@@ -175,7 +183,7 @@ def _threads(result: Result) -> str:
 
 def _cell(score: Score | None, first: Score | None, unit: str) -> Cell:
     if score is None:
-        return Cell("–", "what the others are held against")
+        return Cell("–", "held against itself")
     tone = ""
     if first is not None and score is not first:
         apart = (
@@ -315,7 +323,7 @@ def _pareto(
 
     ink, muted, line = _INK
     accent, start = _MARK
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": prefix,
         "font.family": "sans-serif",
