@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from tests.tiny import tiny_dit, tiny_unet, tiny_unet_cond
 from torch import nn
 
-from effuse.compress.cache.base import Clock, flop_counter, level_of
+from effuse.compress.cache.base import flop_counter
+from effuse.compress.cache.clock import Clock, level_of
 from effuse.compress.cache.keys import (
     Adaptive,
     BackDense,

@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effuse.core.errors import check_choice
-
 Router = Literal["sigmoid", "softmax"]
 
 
@@ -49,7 +47,8 @@ class CondConv2d(nn.Module):
         time: int | None = None,
     ):
         super().__init__()
-        check_choice("router", router, ("sigmoid", "softmax"))
+        if router not in ("sigmoid", "softmax"):
+            raise ValueError(f"router={router!r}: expected 'sigmoid' or 'softmax'")
         experts, channels = weight.shape[0], weight.shape[2] * groups
         self.stride, self.padding, self.dilation = stride, padding, dilation
         self.groups, self.router = groups, router

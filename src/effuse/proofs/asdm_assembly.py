@@ -24,10 +24,10 @@ from effuse.compress.rewire.asdm_assembly import (
     Window,
     incubate,
 )
-from effuse.compress.rewire.imitate import Imitate, stage_taps
 from effuse.compress.rewire.switched import AtSteps, Interleaved, Switched
 from effuse.core import Denoiser, Solver, sample
 from effuse.core.training import fit, warmup_cosine
+from effuse.distill.features import NormalizedFeatureDistillation
 from effuse.ops.stats import bootstrap, paired
 from effuse.solvers import DDIM, DPMpp2M
 
@@ -386,7 +386,7 @@ def lightened(
         gone += saved[i]
         names.append(found[i].name)
     remove(small, names).forget()
-    goal = Imitate(teacher, small, stage_taps(small))
+    goal = NormalizedFeatureDistillation(teacher, small)
     optimizer = torch.optim.AdamW(goal.parameters_of("student"), lr=3e-4, weight_decay=0.0)
     done = fit(goal, draw, optimizer, steps=steps, schedule=warmup_cosine(), progress=False)
     row = {"stages": names, "steps": steps, "last": done.history[-1]["loss"]}

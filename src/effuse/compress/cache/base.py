@@ -40,6 +40,8 @@ from torch import Tensor, nn
 
 from effuse.core.contracts import Applied, Call, Transform
 
+from .clock import Clock, forget_ended, level_of
+from .gates import Gate, tensor_bytes
 from .keys import Keys, Rule
 
 CONTROLS = (
@@ -95,32 +97,6 @@ class Stream:
     watched: Tensor | None = None
 
 
-class Clock:
-    """Counts steps of a run by its noise level, a run for each thread."""
-
-    def __init__(self) -> None:
-        self._at: dict[int, tuple[float, int]] = {}
-
-    def step(self, level: float) -> tuple[int, bool]:
-        """Return the step (from 0) that a call at `level` belongs to, and whether a run begins."""
-        me = threading.get_ident()
-        last, step = self._at.get(me, (-math.inf, 0))
-        if level > last:
-            forget_ended(self._at)
-            step, last = 0, -math.inf
-        elif level < last:
-            step += 1
-        self._at[me] = (level, step)
-        return step, last == -math.inf
-
-    def reset(self, thread: int | None = None) -> None:
-        """Forget the run of a thread, or all runs: the next call there is a first step."""
-        if thread is None:
-            self._at.clear()
-        else:
-            self._at.pop(thread, None)
-
-
 class Now:
     """One call of the model while it runs: the decision of each part, made once."""
 
@@ -156,86 +132,6 @@ class Now:
                 off = (x - then).flatten(1).float().norm(dim=1) / norm.clamp_min(1e-12)
                 self._change = float(off.max())
         return self._change
-
-
-class Gate:
-    """Stands in for the forward of one module.
-
-    part: the name under which decision and value are kept. Several gates may share a part: they
-    decide alike, and one of them keeps the value.
-    """
-
-    def __init__(self, part: str, module: nn.Module):
-        self.part, self.module = part, module
-        self.cache: Cached | None = None
-        self.before: Any = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run in place of `module.forward`."""
-        now = self.cache.now() if self.cache is not None else None
-        if now is None:
-            return self.original(*args, **kwargs)
-        fresh = now.computes(self.part, first_tensor(args, kwargs))
-        with self.cache.counted(self.part, fresh):  # type: ignore[union-attr]
-            if fresh:
-                return self.compute(now, *args, **kwargs)
-            return self.inherit(now, *args, **kwargs)
-
-    @property
-    def original(self) -> Callable[..., Any]:
-        """The forward that the gate stands in for."""
-        return self.before or functools.partial(type(self.module).forward, self.module)
-
-    def compute(self, now: Now, *args: Any, **kwargs: Any) -> Any:
-        """Run the original and keep what later steps inherit: here the whole output."""
-        out = self.original(*args, **kwargs)
-        now.stream.store[self.part] = detached(out)
-        return out
-
-    def inherit(self, now: Now, *args: Any, **kwargs: Any) -> Any:
-        """Give an output from what was kept."""
-        return now.stream.store[self.part]
-
-    def put(self, cache: Cached) -> None:
-        """Stand in for the module's forward from now on."""
-        self.cache, self.before = cache, vars(self.module).get("forward")
-        self.module.forward = self.__call__
-
-    def mine(self) -> bool:
-        """Say whether the module's forward is still this gate."""
-        return getattr(vars(self.module).get("forward"), "__self__", None) is self
-
-    def take_off(self) -> None:
-        """Give the module its forward back."""
-        del self.module.forward
-        if self.before is not None:
-            self.module.forward = self.before
-
-
-class Silent(Gate):
-    """A module whose output nobody needs when its part inherits: gives zeros of the right shapes.
-
-    It keeps shapes only; another gate of the part keeps the value.
-    """
-
-    def __init__(self, part: str, module: nn.Module, name: str):
-        super().__init__(part, module)
-        self.slot = f"{part}: shape of {name}"
-
-    def compute(self, now: Now, *args: Any, **kwargs: Any) -> Any:
-        """Run the original and note the shape of what it gives."""
-        out = self.original(*args, **kwargs)
-        now.stream.store[self.slot] = mapped(out, lambda a: (a.shape, a.dtype, a.device))
-        return out
-
-    def inherit(self, now: Now, *args: Any, **kwargs: Any) -> Any:
-        """Give zeros."""
-        noted = now.stream.store[self.slot]
-        return mapped(noted, lambda a: torch.zeros(a[0], dtype=a[1], device=a[2]), _is_shape)
-
-
-def _is_shape(a: Any) -> bool:
-    return isinstance(a, tuple) and len(a) == 3 and isinstance(a[0], torch.Size)
 
 
 class Cached(Applied):
@@ -513,67 +409,6 @@ class Cached(Applied):
 @functools.lru_cache
 def _signature(cls: Any) -> inspect.Signature:
     return inspect.signature(cls.forward)
-
-
-def level_of(timestep: Any) -> float:
-    """Return the one noise level of a call, from a number, a () or a (B,) tensor."""
-    if timestep is None:
-        raise ValueError("timestep is missing: the clock of a cache is read from it")
-    if not isinstance(timestep, Tensor):
-        return float(timestep)
-    flat = timestep.detach().reshape(-1)
-    low, high = (float(a) for a in flat.aminmax()) if flat.numel() > 1 else (float(flat), None)
-    if high is not None and low != high:
-        raise ValueError(
-            f"timesteps from {low:g} to {high:g} in one call: features are inherited only when "
-            "all rows stand at one step; detach the cache, or train with model.train()"
-        )
-    return low
-
-
-def forget_ended(kept: dict[int, Any]) -> None:
-    """Drop what threads that have ended left behind."""
-    alive = {t.ident for t in threading.enumerate()}
-    for thread in list(kept):
-        if thread not in alive:
-            kept.pop(thread, None)
-
-
-def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return the first tensor argument: the features that flow in."""
-    return next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-
-
-def mapped(
-    value: Any, change: Callable[[Any], Any], leaf: Callable[[Any], bool] | None = None
-) -> Any:
-    """Return `value` with `change` applied to its tensors (or leaves), through tuples and dicts."""
-    is_leaf = leaf or (lambda a: isinstance(a, Tensor))
-    if is_leaf(value):
-        return change(value)
-    if isinstance(value, Mapping):  # diffusers' outputs are ordered mappings too
-        return type(value)(**{k: mapped(v, change, leaf) for k, v in value.items()})
-    if isinstance(value, (tuple, list)):
-        return type(value)(mapped(v, change, leaf) for v in value)
-    return value
-
-
-def detached(value: Any) -> Any:
-    """Return `value` cut from the graph."""
-    return mapped(value, lambda a: a.detach())
-
-
-def tensor_bytes(value: Any) -> int:
-    """Return the bytes of all tensors within `value`."""
-    total = 0
-
-    def add(a: Tensor) -> Tensor:
-        nonlocal total
-        total += a.numel() * a.element_size()
-        return a
-
-    mapped(value, add)
-    return total
 
 
 def _nested(value: Any, digest: Callable[[Tensor], str]) -> Any:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from effuse.core.contracts import Where
 from effuse.core.errors import check_choice
 
-from .base import Gate, Now, Silent
+from .base import Now
+from .gates import Gate, Silent
 
 Store = Literal["branch", "output"]
 

@@ -27,14 +27,13 @@ from effuse.compress.cache.keys import (
     Window,
 )
 from effuse.compress.cache.levels import Blocks, Group, Layers, Level, Named, Units
-from effuse.core.contracts import Applied, Transform, Where, everywhere
+from effuse.core.contracts import Applied, Objective, Transform, Where, everywhere
 from effuse.core.errors import check_fraction
 from effuse.core.method import method
 from effuse.core.training import fit, warmup_cosine
 from effuse.nn.cond_conv import CondConv2d, Router
 
-from .imitate import Imitate, Taps, stage_taps
-from .stages import Kept, cut, even_plan, groups, stage_sizes, uncut
+from .stages import Kept, check_plan, cut, even_plan, groups, stage_sizes, taps, uncut
 
 __all__ = [
     "Adaptive",
@@ -45,7 +44,6 @@ __all__ = [
     "Explicit",
     "FrontDense",
     "Group",
-    "Imitate",
     "Inherit",
     "Inherited",
     "Layers",
@@ -67,6 +65,11 @@ PAPER = "Accelerating Stable Diffusion through Model Assembly and Feature Inheri
     paper=PAPER,
     year=2024,
     buys="fewer multiply-accumulates a picture without training",
+    missing="Only the abstract was at hand: sampling modes, the router and the order of incubation "
+    "are reconstructions. A stage of one layer cannot be shortened, its skip needs a taker. The "
+    "router of an assembled network does not see the time embedding (CondConv2d alone can). "
+    "Switched saves with diffusers' save_pretrained and has no recipe entry. A broken-off run "
+    "followed by a lower start with equal conditions needs reset().",
 )
 @dataclass(frozen=True)
 class Inherit(Transform):
@@ -183,6 +186,13 @@ class Copies(Experts):
     router: Router = "sigmoid"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.count < 2 or self.noise < 0:
+            raise ValueError(
+                f"count={self.count}, noise={self.noise}: expected at least two kernels, noise >= 0"
+            )
+
     def convs(self, kept: nn.Conv2d, removed: Sequence[nn.Conv2d]) -> list[nn.Conv2d]:
         """See `Experts.convs`."""
         rng = torch.Generator().manual_seed(self.seed)
@@ -272,12 +282,14 @@ class Assembled(Applied):
         short = experts is not None and all(
             self.sizes.get(n, 0) == len(layers) for n, layers in kept.items()
         )
+        if not short:
+            check_plan(model, kept)
         removed = {} if short else _removed_convs(model, kept)
         self._old: list[tuple[Any, str, Any]] = [] if short else cut(model, kept)
         self.experts: dict[str, int] = {}
         if experts is not None:
             for name, count in experts.items():
-                self._mix(name, [_conv(model, name)] * count, "sigmoid")
+                self._mix(name, [_conv(model, name)] * count)
         elif transform.experts is not None:
             for name in [n for n, m in model.named_modules() if type(m) is nn.Conv2d]:
                 layer = name.rpartition(".")[2]
@@ -286,18 +298,18 @@ class Assembled(Applied):
                     conv = _conv(model, name)
                     convs = transform.experts.convs(conv, removed.get((stage, layer), ()))
                     if len(convs) > 1:
-                        self._mix(name, convs, transform.experts.router)
+                        self._mix(name, convs)
 
-    def _mix(self, name: str, convs: Sequence[nn.Conv2d], router: Router) -> None:
-        if self.transform.experts is not None:
-            router = self.transform.experts.router
+    def _mix(self, name: str, convs: Sequence[nn.Conv2d]) -> None:
+        experts = self.transform.experts
+        router: Router = "sigmoid" if experts is None else experts.router
         parent, _, child = name.rpartition(".")
         owner = self.model.get_submodule(parent)
         self._old.append((owner, child, getattr(owner, child)))
         setattr(owner, child, CondConv2d.from_convs(convs, router=router))
         self.experts[name] = len(convs)
 
-    def objective(self, teacher: nn.Module) -> Imitate:
+    def objective(self, teacher: nn.Module) -> Objective:
         """Return the joint stage of the distillation: stage features and output, and the task.
 
         From here on a copy of the weights is kept, for `detach`.
@@ -305,7 +317,9 @@ class Assembled(Applied):
         self._weights = self._weights or {
             n: p.detach().clone() for n, p in self.model.named_parameters()
         }
-        return Imitate(teacher, self.model, stage_taps(self.model))
+        from effuse.distill.features import NormalizedFeatureDistillation
+
+        return NormalizedFeatureDistillation(teacher, self.model, taps(self.sizes, self.kept))
 
     def plan(self) -> dict[str, Any]:
         """Return the kept layers by stage and the kernels by convolution."""
@@ -398,47 +412,51 @@ def incubate(
     Returns:
         The student, and a row for each phase: its stages, its first and its last loss.
     """
-    student = copy.deepcopy(teacher).requires_grad_(True)
+    from effuse.distill.features import NormalizedFeatureDistillation
+
+    student = copy.deepcopy(teacher)
     plan = dict(kept) if isinstance(kept, Mapping) else even_plan(teacher, kept)
     rng = rng if rng is not None else torch.Generator().manual_seed(0)
     log: list[dict[str, Any]] = []
 
-    def learn(part: Kept, taps: Taps, trained: Sequence[str], count: int) -> None:
-        goal = Imitate(teacher, student, taps, trained=trained)
-        optimizer = torch.optim.AdamW(goal.parameters_of("student"), lr=lr, weight_decay=0.0)
+    def learn(part: Kept, pairs: Sequence[tuple[str, str]], names: Sequence[str], n: int) -> None:
+        student.requires_grad_(False)
+        for name in names:
+            student.get_submodule(name).requires_grad_(True)
+        goal = NormalizedFeatureDistillation(teacher, student, pairs)
         done = fit(
             goal,
             batches,
-            optimizer,
-            steps=count,
+            torch.optim.AdamW(goal.parameters_of("student"), lr=lr, weight_decay=0.0),
+            steps=n,
             rng=rng,
             schedule=warmup_cosine(),
-            log_every=max(count // 20, 1),
+            log_every=max(n // 20, 1),
             progress=progress,
         )
         first, last = done.history[0]["loss"], done.history[-1]["loss"]
-        log.append({"stages": list(part), "steps": count, "first": first, "last": last})
+        log.append({"stages": list(part), "steps": n, "first": first, "last": last})
 
     for part in groups(teacher, plan):
-        taps, trained = _neighbors(student, part)
+        pairs, trained = _neighbors(student, part)
         Assemble(kept=part, experts=experts).attach(student).finalize()
         if steps:
-            learn(part, taps, trained, steps)
+            learn(part, pairs, trained, steps)
     if joint:
-        learn(plan, stage_taps(student), (), joint)
-    return student.eval(), log
+        learn(plan, taps(stage_sizes(teacher), plan), [""], joint)
+    return student.eval().requires_grad_(True), log
 
 
-def _neighbors(model: nn.Module, part: Kept) -> tuple[Taps, tuple[str, ...]]:
+def _neighbors(model: nn.Module, part: Kept) -> tuple[list[tuple[str, str]], list[str]]:
     """Return what to compare after `part` is cut out of `model`, and what may learn then."""
     ((name, layers), *_) = part.items()
     if name == "mid_block":
         last = sum(n.startswith("down_blocks") for n in stage_sizes(model)) - 1
-        return [], (f"down_blocks.{last}", "up_blocks.0")
+        return [], [f"down_blocks.{last}", "up_blocks.0"]
     if "_blocks." in name:
-        return [(n, n) for n in part], tuple(part)
+        return [(n, n) for n in part], list(part)
     missing = [i for i in range(stage_sizes(model)[name]) if i not in layers]
     if missing[0] == 0:
-        return [], (f"{name}.0",)
+        return [], [f"{name}.0"]
     before = f"{name}.{missing[0] - 1}"
-    return [(f"{name}.{missing[-1]}", before)], (before,)
+    return [(f"{name}.{missing[-1]}", before)], [before]

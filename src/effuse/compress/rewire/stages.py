@@ -96,6 +96,27 @@ def groups(model: nn.Module, kept: Kept) -> list[dict[str, tuple[int, ...]]]:
     return out
 
 
+def taps(sizes: Mapping[str, int], kept: Kept) -> list[tuple[str, str]]:
+    """Pair modules of the teacher and of the student whose outputs mean the same.
+
+    Stages of a UNet have the same names in both. A kept transformer block stands for itself and
+    the dropped ones behind it.
+
+    Args:
+        sizes: layers of each stage of the teacher, from `stage_sizes`.
+        kept: what the student keeps.
+    """
+    out: list[tuple[str, str]] = []
+    for name, size in sizes.items():
+        if name not in ROWS:
+            out += [(name, name)] if kept.get(name, (0,)) else []
+            continue
+        layers = tuple(kept.get(name, range(size)))
+        ends = [*layers[1:], size]
+        out += [(f"{name}.{end - 1}", f"{name}.{i}") for i, end in enumerate(ends)]
+    return out
+
+
 def check_plan(model: Any, kept: Kept) -> None:
     """Raise `ValueError` unless the layers kept in `kept` fit together."""
     sizes = stage_sizes(model)

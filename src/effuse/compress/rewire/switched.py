@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from effuse.compress.cache.base import Clock, level_of
+from effuse.compress.cache.clock import Clock, level_of
 from effuse.core.errors import StoreError
 
 
