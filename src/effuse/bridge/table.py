@@ -6,7 +6,6 @@ network is told: a table index (whole or fractional), or 1000 sigma for flow mat
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from effuse.core import Denoiser, Prediction, Process, Solver, Time, methods
+from effuse.core.fields import nearest
 from effuse.ops import expand_as
 from effuse.processes import Flow, Grid, Tabulated
 
@@ -53,9 +53,8 @@ def solver_named(name: str, cls: str | None = None) -> Solver:
     cards = {n: [c for c in card.classes if issubclass(c, Solver)] for n, card in methods().items()}
     known = {n: found for n, found in cards.items() if found}
     if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"solver {name!r}: expected one of {', '.join(known)}{hint}")
+        listed = ", ".join(known)
+        raise ValueError(f"solver {name!r}: expected one of {listed}{nearest(name, known)}")
     found = [c for c in known[name] if cls in (None, c.__name__)]
     if not found:
         listed = ", ".join(c.__name__ for c in known[name])
