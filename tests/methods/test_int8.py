@@ -11,7 +11,14 @@ from torch import nn
 
 from effuse.bridge import store
 from effuse.compress.quantize.int8 import Dynamic, Int8, WeightOnly
-from effuse.nn.quantized import Dequantized, Integer, QuantizedConv2d, QuantizedLinear, quantized
+from effuse.nn.quantized import (
+    Dequantized,
+    Integer,
+    QuantizedConv2d,
+    QuantizedLinear,
+    quantize_samples,
+    quantized,
+)
 from effuse.ops.grid import quantize_rows
 
 CONVS = [
@@ -50,16 +57,20 @@ def test_conv_is_the_exact_sum_of_whole_numbers(rng, how):
     base = nn.Conv2d(5, 7, **how)
     layer = quantized(base, Integer())
     x = torch.randn(2, 5, 9, 8, generator=rng)
-    rows = quantize_rows(x, (1, 2, 3))
+    if base.kernel_size == (1, 1) and base.stride == (1, 1):
+        codes, step = quantize_rows(x, (1,))
+        zero = torch.zeros(())
+    else:
+        codes, step, zero = quantize_samples(x)
     whole = {"stride": base.stride, "padding": base.padding, "dilation": base.dilation}
-    sums = torch.nn.functional.conv2d(rows.q.double(), layer.q.double(), **whole)
-    expected = sums * layer.scale.double().view(-1, 1, 1) * rows.scale.double()
+    sums = torch.nn.functional.conv2d(codes.double() - zero.double(), layer.q.double(), **whole)
+    expected = sums * layer.scale.double().view(-1, 1, 1) * step.double()
     if base.bias is not None:
         expected += base.bias.detach().double().view(-1, 1, 1)
     with torch.no_grad():
         out = layer(x)
     assert out.shape == base(x).shape
-    torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=2e-6)
 
 
 def test_whole_numbers_in_give_the_original_out(rng):
@@ -109,6 +120,20 @@ def test_a_row_does_not_depend_on_its_batch(rng):
         whole = layer(x)
         for i in range(4):
             assert torch.equal(layer(x[i : i + 1]), whole[i : i + 1])
+
+
+@pytest.mark.parametrize("low", [-1.0, -0.01, 0.5, 0.0])
+def test_samples_of_activations(rng, low):
+    x = torch.rand(4, 2, 3, 3, generator=rng) * (3 - low) + low
+    x[1] *= 1e4
+    x[2] = 0
+    x[3] *= -1
+    q, step, zero = quantize_samples(x)
+    assert torch.equal(zero, zero.round())
+    assert ((zero >= -128) & (zero <= 127)).all()  # 0 is a level
+    moved = (step * (q.double() - zero.double()) - x.double()).abs()
+    assert (moved <= step / 2 * (1 + 1e-5) + 1e-30).all()
+    assert torch.equal(quantize_samples(x[1:2])[0], q[1:2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -32,10 +32,17 @@ class Compute(ABC):
 
     @abstractmethod
     def conv(
-        self, x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, how: dict[str, Any]
+        self,
+        x: Tensor,
+        q: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        total: Tensor,
+        how: dict[str, Any],
     ) -> Tensor:
         """Return x: (B, C, H, W) convolved with q: (N, C, h, w).
 
+        total: (N,) sums of q over all but the first dimension.
         how: stride, padding and dilation, as of `torch.nn.functional.conv2d`, pairs each.
         """
 
@@ -50,7 +57,13 @@ class Dequantized(Compute):
         return F.linear(x, dequantize(q, scale, x.dtype), bias)
 
     def conv(
-        self, x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, how: dict[str, Any]
+        self,
+        x: Tensor,
+        q: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        total: Tensor,
+        how: dict[str, Any],
     ) -> Tensor:
         """See `Compute.conv`."""
         return F.conv2d(x, dequantize(q, scale, x.dtype), bias, **how)
@@ -59,11 +72,13 @@ class Dequantized(Compute):
 class Integer(Compute):
     """Activations to int8 on the fly; products of whole numbers, summed exactly in int32.
 
-    y_mn = s_m scale_n sum_k q^x_mk q_nk + bias_n
+    y_mn = s_m scale_n sum_k (q^x_mk - z_m) q_nk + bias_n
 
-    A linear layer has a scale s_m for each row, a convolution one for each sample, so no row
-    depends on its batch. Convolutions gather their windows in int8. Where a gradient with respect
-    to `x` is asked for, and on an accelerator whose kernel refuses the shape, as `Dequantized`.
+    A linear layer and a 1x1 convolution have a scale s_m for each row or position and no z_m. Other
+    convolutions have both for each sample, so that the range of activations that are hardly ever
+    negative is not half empty; they gather their windows in int8, with z_m for the padding. No
+    sample depends on its batch. Where a gradient with respect to `x` is asked for, and on an
+    accelerator whose kernel refuses the shape, as `Dequantized`.
     """
 
     name = "integer"
@@ -78,17 +93,27 @@ class Integer(Compute):
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     def conv(
-        self, x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, how: dict[str, Any]
+        self,
+        x: Tensor,
+        q: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        total: Tensor,
+        how: dict[str, Any],
     ) -> Tensor:
         """See `Compute.conv`; the result is in channels-last memory."""
         matrix = q.permute(0, 2, 3, 1).reshape(q.shape[0], -1)
         height, width = _conv_size(x, q, how)
         if not _integer(x.shape[0] * height * width, matrix, x):
-            return _FLOAT.conv(x, q, scale, bias, how)
-        rows = quantize_rows(x, (1, 2, 3))
-        windows = _windows(rows.q, q.shape[2:], height, width, how)
+            return _FLOAT.conv(x, q, scale, bias, total, how)
+        if q.shape[2:] == (1, 1) and how["stride"] == (1, 1) and how["padding"] == (0, 0):
+            return self.linear(x.permute(0, 2, 3, 1), matrix, scale, bias).permute(0, 3, 1, 2)
+        codes, step, zero = quantize_samples(x)
+        windows = _windows(codes, zero, q.shape[2:], height, width, how)
         y = torch._int_mm(windows, matrix.t()).view(x.shape[0], height, width, -1)
-        return _scaled(y, scale, rows.scale, bias).to(x.dtype).permute(0, 3, 1, 2)
+        shift = -step * zero * scale * total
+        y = _scaled(y, scale, step, shift if bias is None else shift + bias)
+        return y.to(x.dtype).permute(0, 3, 1, 2)
 
 
 _FLOAT = Dequantized()
@@ -98,6 +123,21 @@ COMPUTES: dict[str, Compute] = {c.name: c for c in (Integer(), Dequantized())}
 def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the weight of q: (N, *) and scale: (N,)."""
     return (q.float() * scale.view(-1, *[1] * (q.ndim - 1))).to(dtype)
+
+
+def quantize_samples(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize x: (B, C, H, W) on the fly to int8, asymmetric, one step and zero a sample.
+
+    Returns:
+        (q, step, zero) with x ~ step (q - zero): q like `x`, the others (B, 1, 1, 1) float32,
+        `zero` whole. 0 is a level, so padding is exact. |x - step (q - zero)| <= step / 2, up to
+        float32 rounding.
+    """
+    flat = x.reshape(x.shape[0], -1)
+    low, high = flat.amin(1).float().clamp_max_(0), flat.amax(1).float().clamp_min_(0)
+    step = ((high - low) / 254).clamp_min_(1e-30).view(-1, 1, 1, 1)  # 254: both ends may round out
+    zero = -128 - (low.view(-1, 1, 1, 1) / step).round_()
+    return (x * step.reciprocal()).round_().add_(zero).to(torch.int8), step, zero
 
 
 def _scaled(sums: Tensor, one: Tensor, two: Tensor, bias: Tensor | None) -> Tensor:
@@ -124,15 +164,17 @@ def _conv_size(x: Tensor, q: Tensor, how: dict[str, Any]) -> tuple[int, int]:
     return one, two
 
 
-def _windows(q: Tensor, kernel: Any, height: int, width: int, how: dict[str, Any]) -> Tensor:
+def _windows(
+    q: Tensor, zero: Tensor, kernel: Any, height: int, width: int, how: dict[str, Any]
+) -> Tensor:
     """Return the windows of q: (B, C, H, W) int8 as rows: (B height width, h w C)."""
     (down, right), (dy, dx) = how["padding"], how["dilation"]
-    q = q.permute(0, 2, 3, 1).contiguous()
+    b, c, inner, across = q.shape
+    whole = q.new_empty(b, inner + 2 * down, across + 2 * right, c)
     if down or right:
-        q = F.pad(q, (0, 0, right, right, down, down))
-    b, _, _, c = q.shape
-    if tuple(kernel) == (1, 1) and tuple(how["stride"]) == (1, 1):
-        return q.reshape(-1, c)
+        whole.copy_(zero.expand_as(whole))
+    whole[:, down : down + inner, right : right + across] = q.permute(0, 2, 3, 1)
+    q = whole
     s = q.stride()
     (sy, sx), (h, w) = how["stride"], kernel
     view = q.as_strided(
@@ -150,6 +192,7 @@ class Quantized(nn.Module):
 
     q: Tensor
     scale: Tensor
+    total: Tensor
     like: Tensor
 
     def __init__(self, base: nn.Linear | nn.Conv2d, compute: Compute):
@@ -161,6 +204,8 @@ class Quantized(nn.Module):
         order = torch.channels_last if q.ndim == 4 else torch.contiguous_format
         self.register_buffer("q", q.contiguous(memory_format=order))
         self.register_buffer("scale", scale.flatten().float())
+        self.register_buffer("total", None, persistent=False)
+        self._sum()
         self.register_buffer("like", weight.new_empty(0), persistent=False)
         self.bias = None if base.bias is None else _copy(base.bias)
         self.compute = compute
@@ -171,11 +216,19 @@ class Quantized(nn.Module):
         """The weight in floating point, made anew at each look."""
         return dequantize(self.q, self.scale, self.like.dtype)
 
+    def _sum(self) -> None:
+        self.total = self.q.flatten(1).sum(1, dtype=torch.int32).float()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._sum()
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         scale = self.scale
         super()._apply(fn, recurse)
         if self.scale.dtype != scale.dtype:
             self.scale = scale.to(self.scale.device)
+        self._sum()
         return self
 
     @property
@@ -212,7 +265,7 @@ class QuantizedConv2d(Quantized):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map x: (B, C, H, W) to (B, N, H', W')."""
         how = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-        return self.compute.conv(x, self.q, self.scale, self.bias, how)
+        return self.compute.conv(x, self.q, self.scale, self.bias, self.total, how)
 
     def extra_repr(self) -> str:
         """Describe the layer within a printed network."""
