@@ -34,6 +34,7 @@ from effuse.compress.prune.laptop_diff import (
 from effuse.compress.units import macs, parameters, units
 from effuse.core import fit
 from effuse.distill.features import (
+    Matched,
     NormalizedFeatureDistillation,
     PerBatch,
     Plain,
@@ -407,7 +408,7 @@ X = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
 
 def terms_of(objective):
     loss = objective.loss("student", {"call": ((X,), {})})
-    return {k: float(v) for k, v in loss.terms.items()}, loss
+    return {k: float(v.detach()) for k, v in loss.terms.items()}, loss
 
 
 def test_terms_are_one_where_the_student_is_silent():
@@ -454,6 +455,18 @@ def test_running_normalizer_is_the_moving_average():
     a, kept = rule.weights(torch.tensor([8.0]), kept)
     assert float(kept) == 6.0
     assert float(a) == pytest.approx(1 / 6)
+
+
+def test_matched_terms_sum_to_the_output_term():
+    teacher, student = staged(2, 30, 0.1), staged(1, 20, 0.6)
+    objective = NormalizedFeatureDistillation(
+        teacher, student, ["0", "1", "2"], normalizer=Matched(scale=2.0)
+    )
+    terms, _ = terms_of(objective)
+    parts = [terms[f"feature/{i}"] for i in range(3)]
+    assert sum(parts) == pytest.approx(2 * terms["output"], rel=1e-5)
+    # their ratios stay those of PerBatch: features 1 : 20 : 12 against 2 : 60 : 6
+    assert parts[1] / parts[0] == pytest.approx((2 / 3) ** 2 / 0.5**2, rel=1e-5)
 
 
 def test_task_and_output_terms():

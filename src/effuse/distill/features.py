@@ -94,6 +94,10 @@ class Normalizer(ABC):
             before: what was remembered, `None` at first.
         """
 
+    def balanced(self, terms: Tensor, output: Tensor) -> Tensor:
+        """Return one factor for all terms, (), of their values (n,) and that of the output term."""
+        return torch.ones_like(output)
+
 
 @dataclass(frozen=True)
 class Plain(Normalizer):
@@ -116,6 +120,18 @@ class PerBatch(Normalizer):
     def weights(self, power: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """See `Normalizer.weights`."""
         return self.scale / (power + self.tiny), None
+
+
+@dataclass(frozen=True)
+class Matched(PerBatch):
+    """As `PerBatch`, then all terms scaled so that their sum is the output term, times `scale`.
+
+    Where the output error is far below 1, terms of size 1 would drown it.
+    """
+
+    def balanced(self, terms: Tensor, output: Tensor) -> Tensor:
+        """See `Normalizer.balanced`."""
+        return output * self.scale / (terms.sum() + self.tiny)
 
 
 @dataclass(frozen=True)
@@ -196,7 +212,8 @@ class NormalizedFeatureDistillation(Objective):
         with listening(self.student, [b for _, b in self.taps]) as own:
             given = answer(self.student(*args, **kwargs))
         task, output, feature = self.weights
-        terms = {"output": output * (given - wanted).square().mean()}
+        error = (given - wanted).square().mean()
+        terms = {"output": output * error}
         if target is not None:
             terms["task"] = task * (given[:, : target.shape[1]] - target).square().mean()
         if self.taps:
@@ -204,6 +221,7 @@ class NormalizedFeatureDistillation(Objective):
             errors = feature_errors(pairs)
             power = torch.stack([t.detach().float().square().mean() for t, _ in pairs])
             a, self._remembered = self.normalizer.weights(power, self._remembered)
+            a = a * self.normalizer.balanced((a * errors).detach(), error.detach().float())
             for (_, name), term in zip(self.taps, feature * a * errors, strict=True):
                 terms[f"feature/{name}"] = term
         return Loss(torch.stack([t.float() for t in terms.values()]).sum(), terms)
