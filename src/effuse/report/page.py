@@ -290,10 +290,12 @@ def plots(found: Comparison) -> list[tuple[str, str]]:
         return []
     label = choices[known[0]]
     scores = {n: r.scores[known[0]] for n, r in results.items()}
+    macs, macs_scale = _unit(max(r.cost.macs_per_image for r in results.values()))
+    size, size_scale = _unit(max(r.cost.bytes_on_disk for r in results.values()))
     axes = (
-        ("macs_per_image", "GMACs per picture", 1e-9, None),
+        ("macs_per_image", f"{macs}MACs per picture", macs_scale, None),
         ("seconds_per_image", "seconds per picture", 1.0, "seconds_interval"),
-        ("bytes_on_disk", "MB on disk", 1e-6, None),
+        ("bytes_on_disk", f"{size}B on disk", size_scale, None),
     )
     return [
         (
@@ -306,6 +308,11 @@ def plots(found: Comparison) -> list[tuple[str, str]]:
         )
         for i, (cost, name, scale, interval) in enumerate(axes)
     ]
+
+
+def _unit(most: float) -> tuple[str, float]:
+    """Return the decimal prefix that suits a largest value, and what to multiply by."""
+    return next((u for u in (("G", 1e-9), ("M", 1e-6), ("k", 1e-3)) if most * u[1] >= 1), ("", 1.0))
 
 
 def _pareto(
@@ -340,6 +347,7 @@ def _pareto(
         axes = figure.add_subplot()
         front = _front(results, scores, cost)
         at = {n: getattr(r.cost, cost) * scale for n, r in results.items()}
+        ends_at: dict[str, float] = {}
         if len(front) > 1:
             axes.plot(
                 [at[n] for n in front],
@@ -356,21 +364,24 @@ def _pareto(
             if interval:
                 ends = getattr(r.cost, interval)
                 if not math.isnan(ends[0]):
-                    across = [[max(at[n] - ends[0], 0)], [max(ends[1] - at[n], 0)]]
+                    across = [[max(at[n] - ends[0] * scale, 0)], [max(ends[1] * scale - at[n], 0)]]
             axes.errorbar(
                 at[n], s.value, yerr=up, xerr=across, fmt="o", ms=7, color=color, lw=1.4, zorder=2
             )
+            ends_at[n] = at[n] + (across[1][0] if across else 0)
             right = at[n] > 0.6 * max(at.values())
+            # labels of points that (nearly) coincide go one under the other
+            near = [m for m in list(at)[:i] if abs(at[m] - at[n]) < 0.1 * max(at.values())]
             axes.annotate(
                 n,
                 (at[n], s.value),
-                xytext=(-9 if right else 9, 7),
+                xytext=(-9 if right else 9, 7 - 14 * len(near)),
                 textcoords="offset points",
                 ha="right" if right else "left",
                 color=ink,
                 zorder=3,
             )
-        axes.set_xlim(0, max(at.values()) * 1.08)
+        axes.set_xlim(0, max(ends_at.values()) * 1.08)
         axes.margins(y=0.22)
         axes.set_xlabel(name)
         axes.set_ylabel(label)
