@@ -196,6 +196,34 @@ def test_loads_in_a_fresh_process(tmp_path, load):
     cached.detach()  # a cache keeps no weights, so it still comes off
 
 
+def test_prune_then_int8_then_cache_in_order(tmp_path):
+    from effuse.compress.cache.keys import Uniform
+    from effuse.compress.cache.levels import Layers
+    from effuse.compress.quantize.int8 import Dynamic, Int8
+    from effuse.compress.rewire.asdm_assembly import Inherit
+
+    pipe = tiny_sd()
+    pipe.scheduler = effuse.scheduler("dpmpp", pipe.scheduler)
+    original = picture(pipe)
+    made = (Narrow(), Int8(Dynamic(8), least=8), Inherit(Layers(deep=1), Uniform(2)))
+    handles = [("unet", t.attach(pipe.unet)) for t in made]
+    expected = picture(pipe)
+    store.save(pipe, tmp_path / "s", handles)
+    store.save(pipe, tmp_path / "s", handles)  # over itself
+    for load in (store.load, DiffusionPipeline.from_pretrained):
+        back = load(tmp_path / "s")
+        assert torch.equal(picture(back), expected)
+        assert type(back.scheduler).__name__ == "SolverScheduler"
+        assert [h.transform for _, h in store.applied(back)] == list(made)
+    store.save(back, tmp_path / "again")
+    assert torch.equal(picture(store.load(tmp_path / "again")), expected)
+    manifest = json.loads((tmp_path / "s" / "effuse.json").read_text())
+    assert manifest["components"]["unet"]["transforms"] == ["Narrow", "Int8", "Inherit"]
+    for _, handle in reversed(handles):
+        handle.detach()
+    assert torch.equal(picture(pipe), original)
+
+
 def test_plain_result_needs_no_effuse(tmp_path):
     from effuse.compress.rewire.asdm_assembly import Assemble
 
