@@ -133,10 +133,10 @@ def quantize_samples(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         `zero` whole. 0 is a level, so padding is exact. |x - step (q - zero)| <= step / 2, up to
         float32 rounding.
     """
-    flat = x.reshape(x.shape[0], -1)
-    low, high = flat.amin(1).float().clamp_max_(0), flat.amax(1).float().clamp_min_(0)
-    step = ((high - low) / 254).clamp_min_(1e-30).view(-1, 1, 1, 1)  # 254: both ends may round out
-    zero = -128 - (low.view(-1, 1, 1, 1) / step).round_()
+    low = x.amin((1, 2, 3), keepdim=True).float().clamp_max(0)
+    high = x.amax((1, 2, 3), keepdim=True).float().clamp_min(0)
+    step = ((high - low) / 254).clamp_min_(1e-30)  # 254: both ends may round outwards
+    zero = -128 - (low / step).round_()
     return (x * step.reciprocal()).round_().add_(zero).to(torch.int8), step, zero
 
 
