@@ -34,8 +34,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	@$(BIN)/effuse slim house:emoji --recipe recipes/first-light.yaml --out demo-out
-	@find "$(CURDIR)/demo-out" -name '*.html' -exec echo "report: {}" \;
+	@$(BIN)/effuse slim house:emoji --recipe recipes/first-light.yaml --out demo-out --pictures 24
+	@$(BIN)/effuse sample demo-out/pipeline "red apple" "blue heart" --steps 12 --out demo-out/after.png
+	@echo "report: $(CURDIR)/demo-out/report/index.html"
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest -q -m "$(QUICK)"

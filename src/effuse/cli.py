@@ -210,7 +210,7 @@ def _short(row: dict[str, Any]) -> str:
     parts = [
         f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
         for k, v in row.items()
-        if isinstance(v, (int, float, str)) and k not in ("method", "component")
+        if isinstance(v, (int, float, str)) and v and k not in ("method", "component")
     ]
     return f"  [bold]{row['method']}[/]: {', '.join(parts)}"
 

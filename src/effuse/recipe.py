@@ -270,7 +270,7 @@ class Slim:
     """A pipeline with a recipe on it; the pipeline stays a diffusers pipeline.
 
     pipe: changed in place. before: the pipeline as it was, sharing all untouched parts; None if
-    it was not kept. applied: (component, handle) in the order of application.
+    it was not kept. applied: (component, handle) in the order of application; noted: their reports.
     """
 
     pipe: DiffusionPipeline
@@ -278,6 +278,7 @@ class Slim:
     applied: list[tuple[str, Applied]]
     before: DiffusionPipeline | None
     scheduler: Any
+    noted: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -285,17 +286,14 @@ class Slim:
         return call_settings(self.recipe)
 
     def reports(self) -> list[dict[str, Any]]:
-        """Return what each transform says it did, in numbers."""
-        return [
-            {"method": name_of(type(a.transform)), "component": c, **a.report()}
-            for c, a in self.applied
-        ]
+        """Return what each transform said it did, in numbers, when it had been put on."""
+        return list(self.noted)
 
     def undo(self) -> DiffusionPipeline:
         """Take everything off again, last first: the original back, bit for bit."""
         for _, handle in reversed(self.applied):
             handle.detach()
-        self.applied = []
+        self.applied, self.noted = [], []
         self.pipe.register_modules(scheduler=self.scheduler)
         return self.pipe
 
@@ -413,6 +411,7 @@ def slim(
                 objective = handle.objective(original)
                 if objective is not None:
                     heal(objective, batches(), plan.healing, progress=progress)
+            out.noted.append({"method": name_of(type(item)), "component": part, **handle.report()})
     except BaseException:
         out.undo()
         raise
