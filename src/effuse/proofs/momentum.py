@@ -320,7 +320,7 @@ def pictures(scale: Scale) -> tuple[list[Claim], list[dict[str, Any]], str]:
     calm, truth = [], {}
     for seed in seeds:
         noise = model.prior(len(prompts), rng=torch.Generator().manual_seed(seed))
-        run = {"latents": noise, "decode": False}
+        run: dict[str, Any] = {"latents": noise, "decode": False}
         calm.append(model.sample(prompts, DPMpp2M(), steps=20, guidance=2.0, **run))
         truth[seed] = model.sample(prompts, DDIM(), steps=long, guidance=guidance, **run)
         for name in names:
@@ -417,7 +417,8 @@ def prove(scale: Scale) -> Evidence:
     notes = (
         "Divergence: eight modes of deviation 0.1 on the unit circle, linear VP schedule, equal "
         "steps in t, guidance by class score minus marginal score; diverged means further out than "
-        "1.5 times the furthest reference: Heun in 1000 steps, 300 at smoke size. Errors above 1e6 count as 1e6. "
+        "1.5 times the furthest reference: Heun in 1000 steps, 300 at smoke size. "
+        "Errors above 1e6 count as 1e6. "
         "Scoreboard: Gaussian data, Stable Diffusion's table, trailing steps, ours to t = 0; "
         f"schedulers of diffusers as they come. {note}"
     )
