@@ -205,7 +205,7 @@ def test_prune_then_int8_then_cache_in_order(tmp_path):
     pipe = tiny_sd()
     pipe.scheduler = effuse.scheduler("dpmpp", pipe.scheduler)
     original = picture(pipe)
-    made = (Narrow(), Int8(Dynamic(8), least=8), Inherit(Layers(deep=1), Uniform(2)))
+    made = (Narrow(), Int8(Dynamic(8, 8), least=8), Inherit(Layers(deep=1), Uniform(2)))
     handles = [("unet", t.attach(pipe.unet)) for t in made]
     expected = picture(pipe)
     store.save(pipe, tmp_path / "s", handles)

@@ -137,7 +137,7 @@ def test_samples_of_activations(rng, low):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("choice", [Dynamic(8), WeightOnly()], ids=str)
+@pytest.mark.parametrize("choice", [Dynamic(8, 8), WeightOnly()], ids=str)
 def test_dtypes(dtype, choice):
     model = tiny_dit().to(dtype)
     before = model.state_dict()
@@ -184,9 +184,11 @@ def test_ends_stay_and_where_is_heard():
 
 
 def test_shapes_decide_who_computes_in_whole_numbers():
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32), nn.Conv2d(64, 64, 1), nn.ReLU())
+    convs = nn.Conv2d(64, 64, 1), nn.Conv2d(64, 128, 1), nn.Conv2d(64, 64, 3)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32), *convs, nn.ReLU())
     plan = Int8().attach(copy.deepcopy(model)).plan()["layers"]
-    assert plan == {"0": "integer", "1": "dequantized", "2": "integer"}
+    assert [n for n, how in plan.items() if how == "integer"] == ["0", "3", "4"]
+    assert len(plan) == 5
     plan = Int8(WeightOnly()).attach(model).plan()["layers"]
     assert set(plan.values()) == {"dequantized"}
 
@@ -229,7 +231,7 @@ def test_saved_folder_is_small_and_comes_back(tmp_path, dtype):
     x, t = torch.randn(1, 4, 8, 8).to(dtype), torch.tensor(500)
     text = torch.randn(1, 5, 32).to(dtype)
     full = store.save(pipe, tmp_path / "full")
-    handle = Int8(Dynamic(8), least=8).attach(pipe.unet)
+    handle = Int8(Dynamic(8, 8), least=8).attach(pipe.unet)
     with torch.no_grad():
         expected = pipe.unet(x, t, text).sample
     handle.finalize()

@@ -37,25 +37,28 @@ class WeightOnly(Choice):
 class Dynamic(Choice):
     """Layers of at least `least` in- and output channels compute in whole numbers, others do not.
 
-    What is saved grows with their product, what is spent on the activations with their sum. The
-    default is where the two met on a processor with AVX-512 VNNI, over linear layers of 32 to 4096
-    rows and convolutions of 4 x 4 to 64 x 64; the proof measures it again. By shape alone, so that
-    results do not depend on a clock.
+    What is saved grows with their product, what is spent on the activations with their sum. A 1x1
+    convolution, which brings its activations into another order for nothing but one product, needs
+    `least_1x1` output channels. The defaults are where the two met on a processor with AVX-512
+    VNNI; the proof measures it again. By shape alone, so that results do not depend on a clock.
     """
 
     least: int = 64
+    least_1x1: int = 128
 
     def of(self, module: nn.Module) -> str:
         """See `Choice.of`."""
         weight: Any = module.weight
-        return "integer" if min(weight.shape[:2]) >= self.least else "dequantized"
+        position = weight.ndim == 4 and weight[0, 0].numel() == 1
+        wide = weight.shape[0] >= (self.least_1x1 if position else self.least)
+        return "integer" if wide and weight.shape[1] >= self.least else "dequantized"
 
 
 @method(
     "int8",
     buys="a quarter of the bytes of float32, half of those of float16; integer speed on CPU",
     missing="static activation scales; integer kernels of accelerators were not measured",
-    example=lambda: Int8(least=8, choice=Dynamic(least=16)),
+    example=lambda: Int8(least=8, choice=Dynamic(16, 16)),
 )
 @dataclass(frozen=True)
 class Int8(Transform):
