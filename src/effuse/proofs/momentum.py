@@ -231,8 +231,8 @@ def orders() -> tuple[list[Claim], list[dict[str, Any]]]:
 
     rows = []
     solvers = {f"PLMS-{k}": PLMS(k) for k in (1, 2, 3, 4)}
-    solvers |= {f"GHVB-{k} beta 0.7": Momentum(k, 0.7) for k in (1, 2, 3, 4)}  # type: ignore[dict-item, misc]
-    solvers |= {f"HB-{k} beta 0.7": HeavyBall(0.7, PLMS(k)) for k in (1, 2, 3, 4)}  # type: ignore[dict-item, misc]
+    solvers |= {f"GHVB-{k} beta 0.7": Momentum(k, 0.7) for k in (1, 2, 3, 4)}  # type: ignore[misc]
+    solvers |= {f"HB-{k} beta 0.7": HeavyBall(0.7, PLMS(k)) for k in (1, 2, 3, 4)}  # type: ignore[misc]
     slopes = {}
     for name, solver in solvers.items():
         for exact in (True, False):
