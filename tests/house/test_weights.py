@@ -53,6 +53,21 @@ def test_the_card_lists_every_file_by_hash() -> None:
         assert listed[name]["sha256"] == hashlib.sha256(content).hexdigest(), name
 
 
+def test_the_readme_is_written_from_the_card() -> None:
+    from effuse.house import measure
+
+    readme = store.WEIGHTS.parent / "README.md"
+    assert readme.read_text() == measure.page(house.card())
+
+
+def test_the_figures_meet_the_bars() -> None:
+    figures = house.card()["figures"]
+    assert figures["autoencoder"]["psnr_mean_of_db"] > 28
+    assert figures["autoencoder"]["psnr_db_of_mean"] > 28
+    assert figures["emoji"]["generated"]["count"] >= 500
+    assert figures["emoji"]["ratio_generated_to_real_held_out"] >= 0.6
+
+
 def test_no_pickle_and_half_precision() -> None:
     from safetensors import safe_open
 

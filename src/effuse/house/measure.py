@@ -224,8 +224,9 @@ def page(card: dict[str, Any]) -> str:
         "| ratio, generated held-out recombinations to real held-out "
         f"| {drawn['ratio_held_out_to_real_held_out']:.2f} |",
         "",
-        "house:clip is both what conditions the pipeline and the judge here, and it knows the",
-        "pictures it was trained on better than those held out: the third ratio is the strict one.",
+        "house:clip both conditions the pipeline and judges it here, and it knows the pictures it",
+        "was trained on better than those held out. So a ratio above one does not mean that drawn",
+        "pictures beat real ones; the ratio on the same captions is the strict one.",
         "",
         "## Data",
         "",

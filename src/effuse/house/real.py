@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -98,14 +99,18 @@ def build(
         seen = torch.cat([features(part) for part in images.split(50)])
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {"features": seen.half(), "clip": store.image_text().image_features(images).half()}
-    save_file(tensors, folder / "reference.safetensors")
+    draft = folder / "reference.draft"
+    save_file(tensors, draft)
+    draft.chmod(0o644)
+    os.replace(draft, folder / "reference.safetensors")
     told = {
         "settings": settings,
         "captions": [pictures.captions[k][0] for k in some],
         "subgroups": [pictures.subgroups[pictures.subgroup[k]] for k in some],
         "names": every_name(pictures),
     }
-    (folder / "reference.json").write_text(json.dumps(told) + "\n")
+    draft.write_text(json.dumps(told) + "\n")
+    os.replace(draft, folder / "reference.json")
 
 
 def every_name(pictures: Pictures) -> list[tuple[str, str]]:
