@@ -210,6 +210,37 @@ def test_raw_output_is_inherited_whole():
     assert torch.equal(*seen)
 
 
+def test_order_one_follows_the_line_of_what_a_row_of_blocks_adds(name):
+    model, xs = MODELS[name], inputs(name)
+    with Inherit(Layers(deep=None), Explicit((0, 1)), order=1).attach(model) as handle:
+        out = walk(model, name, xs[:3], (900, 700, 600))
+        stream = next(iter(next(iter(handle._streams.values())).values()))
+        part = handle.parts[-1]
+        _, old, _ = stream.older[part]
+        new = stream.store[part]
+    new, old = (v[0] if isinstance(v, tuple) else v for v in (new, old))
+    line = new + 0.5 * (new - old)  # 600 is half a gap behind 700
+
+    kept = []
+    gate_type = type(Layers(deep=None).gates(model, lambda n, m: True)[-1])
+    before = gate_type.inherit
+
+    def spy(self, now, *args, **kwargs):
+        if self.part == part:
+            value = now.kept(part)
+            kept.append(value[0] if isinstance(value, tuple) else value)
+        return before(self, now, *args, **kwargs)
+
+    gate_type.inherit = spy
+    try:
+        with Inherit(Layers(deep=None), Explicit((0, 1)), order=1).attach(model):
+            again = walk(model, name, xs[:3], (900, 700, 600))
+    finally:
+        gate_type.inherit = before
+    assert same(out, again)
+    torch.testing.assert_close(kept[-1], line, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["dit", "pixart"])
 def test_blocks_of_a_transformer_add_what_they_added(name):
     model, seen = MODELS[name], []
@@ -454,7 +485,7 @@ def test_a_plan_brings_the_cache_back(name, level):
 @pytest.mark.parametrize(
     ("transforms", "plain"),
     [
-        ([Inherit(Blocks(0), Uniform(2))], False),
+        ([Inherit(Blocks(0), Uniform(2), order=1)], False),
         ([Assemble(kept={"mid_block": ()}), Inherit(Layers(), FrontDense(5, 2))], False),
         ([Assemble(experts=Removed())], False),
         ([Assemble()], True),

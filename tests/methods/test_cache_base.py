@@ -325,6 +325,72 @@ def test_adaptive_ends():
     assert run(1e9) == 1
 
 
+# ---- the line through two key steps
+
+
+class Ramp(nn.Module):
+    """Gives a + b t whatever comes in, in a child of its own."""
+
+    class Net(nn.Module):
+        def forward(self, sample, timestep):
+            return torch.full_like(sample, 5.0 - 0.25 * timestep)
+
+    def __init__(self):
+        super().__init__()
+        self.net = self.Net()
+
+    def forward(self, sample, timestep):
+        return self.net(sample, timestep)
+
+
+def test_order_one_is_exact_for_features_that_move_on_a_line():
+    model, x = Ramp().eval(), torch.zeros(2, 3, dtype=torch.float64)
+    times = (40.0, 37.0, 30.0, 21.0, 11.0, 2.0)
+    out = {}
+    for order in (0, 1):
+        transform = Inherit(Named(("net",)), Explicit((0, 2)), order=order)
+        with transform.attach(model):
+            out[order] = [float(model(x, t)[0, 0]) for t in times]
+    truth = [5.0 - 0.25 * t for t in times]
+    # one key step gives no line yet; after two the line goes on
+    assert out[1] == pytest.approx([truth[0], truth[0], *truth[2:]], abs=1e-12)
+    assert out[0] == pytest.approx([truth[0], truth[0], *[truth[2]] * 4], abs=1e-12)
+
+
+def test_order_one_takes_two_key_levels_not_two_calls():
+    """Heun's second call at a level replaces the value; the line still spans two levels."""
+    model, x = Ramp().eval(), torch.zeros(1, 1, dtype=torch.float64)
+    with Inherit(Named(("net",)), Explicit((0, 1)), order=1).attach(model) as handle:
+        for t in (40.0, 30.0, 30.0):
+            model(x, t)
+        assert float(model(x, 10.0)) == pytest.approx(2.5, abs=1e-12)
+        assert handle.report()["key_calls"] == 3
+
+
+@pytest.mark.parametrize("level", [Blocks(0), Layers(), Units(deep=None)], ids=str)
+def test_order_one_on_a_network(level):
+    model, xs, ts = tiny_unet(), noises(5), (900, 700, 500, 300, 100)
+    plain = unet_run(model, xs, ts)
+    with Inherit(level, Explicit((0, 2)), order=0).attach(model) as handle:
+        held = unet_run(model, xs, ts)
+        once = handle.report()["cache_bytes"]
+    with Inherit(level, Explicit((0, 2)), order=1).attach(model) as handle:
+        line = unet_run(model, xs, ts)
+        twice = handle.report()["cache_bytes"]
+    assert twice == 2 * once
+    for i in (0, 2):
+        assert torch.equal(line[i], plain[i])
+    assert torch.equal(line[1], held[1])
+    assert not torch.equal(line[3], held[3])
+    with Inherit(level, Uniform(1), order=1).attach(model):
+        assert all(torch.equal(a, b) for a, b in zip(unet_run(model, xs, ts), plain, strict=True))
+
+
+def test_order_is_zero_or_one():
+    with pytest.raises(ValueError, match="order=2"):
+        Inherit(order=2)
+
+
 # ---- accounts
 
 

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from effuse.core.contracts import Applied, Call, Transform
 
 from .clock import Clock, forget_ended, level_of
-from .gates import Gate, tensor_bytes
+from .gates import Gate, paired, tensor_bytes
 from .keys import Keys, Rule
 
 CONTROLS = (
@@ -94,14 +94,23 @@ class Stream:
 
     shape: tuple[Any, ...]
     store: dict[str, Any] = field(default_factory=dict)
+    older: dict[str, tuple[float, Any, float]] = field(default_factory=dict)
     watched: Tensor | None = None
 
 
 class Now:
     """One call of the model while it runs: the decision of each part, made once."""
 
-    def __init__(self, cache: Cached, step: int, stream: Stream, new: bool, controlled: bool):
-        self.cache, self.step, self.stream = cache, step, stream
+    def __init__(
+        self,
+        cache: Cached,
+        step: int,
+        level: float,
+        stream: Stream,
+        new: bool,
+        controlled: bool,
+    ):
+        self.cache, self.step, self.level, self.stream = cache, step, level, stream
         self.new, self.controlled = new, controlled
         self.fresh: dict[str, bool] = {}
         self.held: dict[str, Any] = {}  # what one gate leaves for another within the call
@@ -121,6 +130,29 @@ class Now:
                 self.stream.watched = self._first
             self.fresh[part] = fresh
         return self.fresh[part]
+
+    def keep(self, part: str, value: Any) -> None:
+        """Store what later steps inherit; with `order` 1 the value before it stays too."""
+        if self.cache.order:
+            at, then, before = self.stream.older.get(part, (math.inf, None, math.inf))
+            if at > self.level:  # not the second call of one step
+                then, before = self.stream.store.get(part), at
+            self.stream.older[part] = self.level, then, before
+        self.stream.store[part] = value
+
+    def kept(self, part: str) -> Any:
+        """Return what was stored, carried on to this level if the cache is of order 1.
+
+        b(t) = b_1 + (t - t_1) / (t_1 - t_0) (b_1 - b_0), 0 and 1 the last two key steps.
+        """
+        value = self.stream.store[part]
+        if not self.cache.order:
+            return value
+        at, then, before = self.stream.older[part]
+        if then is None or not math.isfinite(before):
+            return value
+        gain = (self.level - at) / (at - before)
+        return paired(value, then, lambda new, old: new + gain * (new - old))
 
     def _moved(self) -> float:
         if self._change is None:
@@ -143,6 +175,7 @@ class Cached(Applied):
         rule: when to compute.
         gates: in the order in which they were found.
         drops: parts that lose residuals of side networks (ControlNet) while they inherit.
+        order: 0 inherits the last value, 1 the line through the last two.
     """
 
     def __init__(
@@ -152,9 +185,10 @@ class Cached(Applied):
         rule: Rule,
         gates: Sequence[Gate],
         drops: Iterable[str] = (),
+        order: int = 0,
     ):
         self.transform, self.model, self.rule = transform, model, rule
-        self.gates, self.drops = list(gates), frozenset(drops)
+        self.gates, self.drops, self.order = list(gates), frozenset(drops), order
         self.parts = tuple(dict.fromkeys(g.part for g in gates))
         kind: Any = type(model)
         names = list(_signature(kind).parameters)[1:]
@@ -227,7 +261,7 @@ class Cached(Applied):
                 "reset() before a new picture"
             )
         controlled = any(given.get(name) is not None for name in CONTROLS)
-        self._now[me] = Now(self, step, stream, new, controlled)
+        self._now[me] = Now(self, step, level, stream, new, controlled)
 
     def _leave(self, model: nn.Module, args: Any, out: Any) -> None:
         me = threading.get_ident()
@@ -343,7 +377,7 @@ class Cached(Applied):
             tensor_bytes(v)
             for streams in list(self._streams.values())
             for stream in list(streams.values())
-            for v in [*stream.store.values(), stream.watched]
+            for v in [*stream.store.values(), *stream.older.values(), stream.watched]
         )
 
     def report(self) -> dict[str, Any]:

@@ -44,12 +44,12 @@ class Gate:
     def compute(self, now: Now, *args: Any, **kwargs: Any) -> Any:
         """Run the original and keep what later steps inherit: here the whole output."""
         out = self.original(*args, **kwargs)
-        now.stream.store[self.part] = detached(out)
+        now.keep(self.part, detached(out))
         return out
 
     def inherit(self, now: Now, *args: Any, **kwargs: Any) -> Any:
         """Give an output from what was kept."""
-        return now.stream.store[self.part]
+        return now.kept(self.part)
 
     def put(self, cache: Cached) -> None:
         """Stand in for the module's forward from now on."""
@@ -113,6 +113,14 @@ def mapped(
     if isinstance(value, (tuple, list)):
         return type(value)(mapped(v, change, leaf) for v in value)
     return value
+
+
+def paired(one: Any, two: Any, change: Callable[[Tensor, Tensor], Tensor]) -> Any:
+    """Return `one` with `change` applied to its tensors and those at the same place in `two`."""
+    others: list[Tensor] = []
+    mapped(two, lambda a: others.append(a))
+    rest = iter(others)
+    return mapped(one, lambda a: change(a, next(rest)))
 
 
 def detached(value: Any) -> Any:

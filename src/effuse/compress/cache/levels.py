@@ -75,13 +75,13 @@ class Branch(Gate):
             out = self.original(*args, **kwargs)
         finally:
             hook.remove()
-        now.stream.store[self.part] = heard[-1]
+        now.keep(self.part, heard[-1])
         return out
 
     def inherit(self, now: Now, *args: Any, **kwargs: Any) -> Any:
         """Join the kept branch with the fresh skip."""
         x = args[0] if args else kwargs["hidden_states"]
-        return self.join(self.module, x, now.stream.store[self.part], kwargs)
+        return self.join(self.module, x, now.kept(self.part), kwargs)
 
 
 def _join_resnet(module: Any, x: Tensor, branch: Tensor, given: Any) -> Tensor:
@@ -137,17 +137,18 @@ class Delta(Gate):
         out = self.original(*args, **kwargs)
         if self.last:
             came = out if isinstance(out, tuple) else (out,)
-            now.stream.store[self.part] = tuple(
+            added = tuple(
                 None if a is None or b is None else (b - a).detach()
                 for a, b in zip(now.held.pop(self.part), came, strict=True)
             )
+            now.keep(self.part, added)
         return out
 
     def inherit(self, now: Now, *args: Any, **kwargs: Any) -> Any:
         """Hand the input on; the last of the row adds what was kept."""
         given = self._given(args, kwargs)
         if self.last:
-            kept = now.stream.store[self.part]
+            kept = now.kept(self.part)
             given = tuple(None if d is None else a + d for a, d in zip(given, kept, strict=True))
         return given if len(given) > 1 else given[0]
 

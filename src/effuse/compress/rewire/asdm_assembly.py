@@ -28,7 +28,7 @@ from effuse.compress.cache.keys import (
 )
 from effuse.compress.cache.levels import Blocks, Group, Layers, Level, Named, Units
 from effuse.core.contracts import Applied, Objective, Transform, Where, everywhere
-from effuse.core.errors import check_fraction
+from effuse.core.errors import check_choice, check_fraction
 from effuse.core.method import method
 from effuse.core.training import fit, warmup_cosine
 from effuse.nn.cond_conv import CondConv2d, Router
@@ -80,6 +80,8 @@ class Inherit(Transform):
 
     level: which parts, and what of them is kept: `Blocks`, `Group`, `Layers`, `Units`, `Named`.
     keys: the key steps K: `Uniform`, `FrontDense`, `BackDense`, `Window`, `Explicit`, `Adaptive`.
+    order: 0 inherits the last value, the paper's; 1 the line through the last two, in the timestep
+        (TaylorSeer's first order), for twice the memory and no computation to speak of.
     where: parts whose modules it forbids always compute.
 
     With `Uniform(1)`, or no parts, the original bit for bit. Clock, guidance, threads and errors:
@@ -91,6 +93,7 @@ class Inherit(Transform):
 
     level: Level = field(default_factory=Layers)
     keys: Rule = field(default_factory=Uniform)
+    order: int = 0
     where: Where = everywhere
     kind = "cache"
 
@@ -100,6 +103,7 @@ class Inherit(Transform):
             raise TypeError(f"level={self.level!r}: expected an object, such as Layers(deep=2)")
         if not isinstance(self.keys, Rule):
             raise TypeError(f"keys={self.keys!r}: expected an object, such as Uniform(3)")
+        check_choice("order", self.order, (0, 1))
 
     def attach(self, model: nn.Module) -> Inherited:
         """Put gates on `model`; raises `TypeError` where the level does not know its kind."""
@@ -126,7 +130,9 @@ class Inherited(Cached):
                     "not have: expected the network that the plan was made for"
                 )
             gates = [g for g in gates if g.part in parts]
-        super().__init__(transform, model, transform.keys, gates, level.drops(gates))
+        super().__init__(
+            transform, model, transform.keys, gates, level.drops(gates), transform.order
+        )
 
     def plan(self) -> dict[str, Any]:
         """Return the parts by name; level and keys are fields of the transform."""
