@@ -136,7 +136,8 @@ def fit(
         schedule: factor on every learning rate as a function of the share of the run done.
         clip: largest gradient norm; `None` leaves gradients alone.
         ema: decay of the moving average of the first player's parameters; `None` keeps none.
-        precision: of automatic mixed precision. "fp16" needs a GPU.
+        precision: of automatic mixed precision. "no" leaves what `accelerate launch` was told;
+            "fp16" needs a GPU, and holds for the rest of the process.
         folder: where checkpoint and `log.jsonl` go, and from where an earlier run is taken up:
             a run that was killed and resumed gives the same weights as one that was not.
         save_every: steps between checkpoints.
@@ -162,9 +163,11 @@ def fit(
         optimizers = dict.fromkeys(players[:1], optimizers)
     if set(optimizers) != set(players):
         raise ValueError(f"optimizers for {sorted(optimizers)}: expected one for each of {players}")
+    # accelerate fixes one precision for the whole process; bfloat16 needs nothing of it
     engine = accelerator or Accelerator(
-        mixed_precision=precision, cpu=not torch.cuda.is_available()
+        mixed_precision="fp16" if precision == "fp16" else None, cpu=not torch.cuda.is_available()
     )
+    half = torch.autocast(engine.device.type, torch.bfloat16)
     rng = rng if rng is not None else torch.Generator().manual_seed(0)
     bases = {n: [g["lr"] for g in o.param_groups] for n, o in optimizers.items()}
     average = Ema(objective.parameters_of(players[0]), ema) if ema is not None else None
@@ -193,7 +196,7 @@ def fit(
                 factor = schedule(part) if schedule else 1.0
                 for group, lr in zip(optimizer.param_groups, bases[name], strict=True):
                     group["lr"] = lr * factor
-                with engine.autocast():
+                with half if precision == "bf16" else engine.autocast():
                     loss = model(name, batch, rng=rng)
                 _require_finite_loss(loss, name, done + 1)
                 optimizer.zero_grad(set_to_none=True)

@@ -162,7 +162,7 @@ def pixels() -> UNet2DModel:
         in_channels=3,
         out_channels=3,
         layers_per_block=1,
-        block_out_channels=(16, 32, 96),
+        block_out_channels=(32, 64, 128),
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         attention_head_dim=32,
