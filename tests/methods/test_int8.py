@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +15,9 @@ from torch import nn
 
 from effuse.bridge import store
 from effuse.compress.quantize.int8 import Dynamic, Int8, WeightOnly
+from effuse.nn import quantized as layers
 from effuse.nn.quantized import (
+    EXACT,
     Dequantized,
     Integer,
     QuantizedConv2d,
@@ -21,6 +27,7 @@ from effuse.nn.quantized import (
 )
 from effuse.ops.grid import quantize_rows
 
+whole = pytest.mark.skipif(not EXACT, reason="this processor cannot sum products of int8")
 CONVS = [
     {"kernel_size": 3, "padding": 1},
     {"kernel_size": 3, "padding": 1, "stride": 2},
@@ -37,6 +44,7 @@ def linear(rng: torch.Generator, bias: bool = True, k: int = 24, n: int = 10) ->
     return layer
 
 
+@whole
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_is_the_exact_product_of_whole_numbers(rng, bias):
     layer = quantized(linear(rng, bias), Integer())
@@ -52,6 +60,7 @@ def test_linear_is_the_exact_product_of_whole_numbers(rng, bias):
     assert torch.equal(sums.double(), exact)
 
 
+@whole
 @pytest.mark.parametrize("how", CONVS, ids=str)
 def test_conv_is_the_exact_sum_of_whole_numbers(rng, how):
     base = nn.Conv2d(5, 7, **how)
@@ -203,6 +212,78 @@ def test_shared_layer_stays_shared():
     assert model["a"] is model["b"][0] is layer
 
 
+@whole
+@pytest.mark.parametrize("make", [lambda: nn.Linear(24, 10), lambda: nn.Conv2d(24, 10, 3)])
+def test_gradient_reaches_the_bias_and_numbers_stay(rng, make):
+    layer = quantized(make(), Integer())
+    x = torch.randn((5, 24) if layer.q.ndim == 2 else (5, 24, 6, 6), generator=rng)
+    out = layer(x)
+    with torch.no_grad():
+        assert torch.equal(layer(x), out)
+    out.sum().backward()
+    torch.testing.assert_close(layer.bias.grad, torch.full((10,), out.numel() / 10))
+
+
+def test_what_is_not_a_number_shows():
+    x = torch.randn(3, 8, 4, 4)
+    x[1, 2, 3, 0] = float("nan")
+    for base in (nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)):
+        with torch.no_grad():
+            bad = quantized(base, Integer())(x).isnan().flatten(1).any(1)
+        assert bad.tolist() == [False, True, False]
+
+
+def answers() -> dict[str, torch.Tensor]:
+    """Answer as integer and as float layers, on numbers that saturate sums of 16 bits."""
+    torch.manual_seed(0)
+    x = torch.rand(4, 64, 6, 6) + 1
+    out = {}
+    for name, base, given in (
+        ("linear", nn.Linear(64, 64), x[..., 0, 0]),
+        ("conv", nn.Conv2d(64, 64, 3), x),
+    ):
+        base.weight.data.abs_()
+        with torch.no_grad():
+            for compute in (Integer(), Dequantized()):
+                out[f"{name} {compute.name}"] = quantized(base, compute)(given)
+    return out
+
+
+@whole
+def test_whole_numbers_are_close_to_floats():
+    out = answers()
+    for kind in ("linear", "conv"):
+        one, two = out[f"{kind} integer"], out[f"{kind} dequantized"]
+        assert not torch.equal(one, two)
+        assert (one - two).norm() < 0.01 * two.norm()
+
+
+def test_too_long_sums_and_processors_without_them_are_left_to_floats(monkeypatch):
+    long = nn.Linear(2**17, 8)
+    x = torch.ones(1, 2**17)
+    with torch.no_grad():
+        ways = [quantized(long, compute)(x) for compute in (Integer(), Dequantized())]
+        assert torch.equal(*ways)
+    monkeypatch.setattr(layers, "EXACT", False)
+    out = answers()
+    assert torch.equal(out["linear integer"], out["linear dequantized"])
+    assert torch.equal(out["conv integer"], out["conv dequantized"])
+
+
+@pytest.mark.slow
+def test_a_processor_that_saturates_is_found_out():
+    """An x86 processor without VNNI, as oneDNN plays it."""
+    code = (
+        "import torch, tests.methods.test_int8 as t; from effuse.nn import quantized as q;"
+        "out = t.answers(); assert not q.EXACT;"
+        "assert torch.equal(out['linear integer'], out['linear dequantized'])"
+    )
+    root = str(Path(__file__).resolve().parents[2])
+    env = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": root}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_gradient_reaches_the_input():
     layer = quantized(nn.Linear(64, 64), Integer())
     x = torch.randn(3, 64, requires_grad=True)
@@ -215,6 +296,8 @@ def test_bad_input():
         Int8("fast")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="least=0"):
         Int8(least=0)
+    with pytest.raises(ValueError, match="least_1x1=-1"):
+        Dynamic(least_1x1=-1)
     with pytest.raises(TypeError, match="expected a Linear, or a Conv2d of one group"):
         quantized(nn.Conv2d(4, 4, 3, groups=2), Integer())
     handle = Int8().attach(nn.Sequential(nn.Linear(32, 32)))

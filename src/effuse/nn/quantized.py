@@ -3,8 +3,8 @@
     w ~ scale_n q_n        q: int8, scale: float32, one for each output channel
 
 `Integer` quantizes activations too, on the fly, and multiplies whole numbers: exact in int32, four
-times the numbers in a vector register, faster than float32 where the processor has such
-instructions. `Dequantized` makes the weight from q at each call: smaller, never faster.
+times the numbers in a vector register, faster than float32 where the processor has instructions
+for it (`EXACT`). `Dequantized` makes the weight from q at each call: smaller, never faster.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class Integer(Compute):
     A linear layer and a 1x1 convolution have a scale s_m for each row or position and no z_m. Other
     convolutions have both for each sample, so that the range of activations that are hardly ever
     negative is not half empty; they gather their windows in int8, with z_m for the padding. No
-    sample depends on its batch. Where a gradient with respect to `x` is asked for, and on an
-    accelerator whose kernel refuses the shape, as `Dequantized`.
+    sample depends on its batch. As `Dequantized` where a gradient with respect to `x` is asked for,
+    on a processor without `EXACT`, and on an accelerator whose kernel refuses the shape.
     """
 
     name = "integer"
@@ -143,15 +143,36 @@ def quantize_samples(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _scaled(sums: Tensor, one: Tensor, two: Tensor, bias: Tensor | None) -> Tensor:
     """Return sums * one * two + bias in float32, in the memory of the int32 `sums`: (*, N)."""
     y = sums.view(torch.float32).copy_(sums).mul_(one)
-    return y.mul_(two) if bias is None else torch.addcmul(bias.float(), y, two, out=y)
+    if bias is None:
+        return y.mul_(two)
+    if torch.is_grad_enabled() and bias.requires_grad:
+        return torch.addcmul(bias.float(), y, two)
+    return torch.addcmul(bias.float(), y, two, out=y)
+
+
+def _exact() -> bool:
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return False
+    most = torch.full((32, 64), 127, dtype=torch.int8, device="cpu")
+    return bool((torch._int_mm(most, most.t()) == 64 * 127**2).all())
+
+
+EXACT = torch.backends.mkldnn.is_available() and _exact()
+"""Whether this processor sums products of int8 exactly, and in few instructions (VNNI, AMX).
+
+An x86 processor without them adds pairs of products in 16 bits, which saturate; elsewhere torch has
+only a plain loop. Found by one small product when this module is imported.
+"""
 
 
 def _integer(rows: int, matrix: Tensor, x: Tensor) -> bool:
     if torch.is_grad_enabled() and x.requires_grad:
         return False
+    if matrix.shape[1] >= 2**17:  # sums of so many products may leave int32
+        return False
     if x.device.type == "cuda":  # what its kernel takes
         return rows > 16 and matrix.shape[0] % 8 == 0 and matrix.shape[1] % 8 == 0
-    return rows > 0
+    return EXACT and rows > 0 and x.device.type == "cpu"
 
 
 def _conv_size(x: Tensor, q: Tensor, how: dict[str, Any]) -> tuple[int, int]:
@@ -174,10 +195,9 @@ def _windows(
     if down or right:
         whole.copy_(zero.expand_as(whole))
     whole[:, down : down + inner, right : right + across] = q.permute(0, 2, 3, 1)
-    q = whole
-    s = q.stride()
+    s = whole.stride()
     (sy, sx), (h, w) = how["stride"], kernel
-    view = q.as_strided(
+    view = whole.as_strided(
         (b, height, width, h, w, c), (s[0], s[1] * sy, s[2] * sx, s[1] * dy, s[2] * dx, s[3])
     )
     return view.reshape(b * height * width, h * w * c)

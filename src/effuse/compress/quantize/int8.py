@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from effuse.core.contracts import Transform, Where, everywhere
+from effuse.core.errors import check_positive
 from effuse.core.method import method
 from effuse.nn.quantized import COMPUTES, Quantized, quantizable, quantized
 
@@ -40,11 +41,17 @@ class Dynamic(Choice):
     What is saved grows with their product, what is spent on the activations with their sum. A 1x1
     convolution, which brings its activations into another order for nothing but one product, needs
     `least_1x1` output channels. The defaults are where the two met on a processor with AVX-512
-    VNNI; the proof measures it again. By shape alone, so that results do not depend on a clock.
+    VNNI; the proof measures it again. By shape alone, so that results do not depend on a clock;
+    a processor that cannot (`effuse.nn.quantized.EXACT`) computes all layers as `WeightOnly` does.
     """
 
     least: int = 64
     least_1x1: int = 128
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        check_positive("least", self.least)
+        check_positive("least_1x1", self.least_1x1)
 
     def of(self, module: nn.Module) -> str:
         """See `Choice.of`."""
@@ -68,8 +75,8 @@ class Int8(Transform):
     y_mn = s_m s_n sum_k q^x_mk q_nk + bias_n,  s_m = max |x_m| / 127      `Dynamic`
 
     No weight moves by more than s_n / 2. Scales s_m are found at each call, for each row (linear)
-    or sample (convolution): no calibration, and no row depends on its batch. Sums of products are
-    exact in int32. Bias, norms and all other parameters stay.
+    or sample (convolution, which has a zero too): no calibration, and no row depends on its batch.
+    Sums of products are exact in int32. Bias, norms and all other parameters stay.
 
     choice: `Dynamic` activations or `WeightOnly`.
     least: layers with fewer in- or output channels stay as they are: the first and the last one of
@@ -86,8 +93,7 @@ class Int8(Transform):
         """Check the fields."""
         if not isinstance(self.choice, Choice):
             raise TypeError(f"choice={self.choice!r}: expected an object, such as Dynamic()")
-        if self.least < 1:
-            raise ValueError(f"least={self.least}: expected a positive number of channels")
+        check_positive("least", self.least)
 
     def wants(self, name: str, module: nn.Module) -> bool:
         """Say whether a layer is stored as int8."""
