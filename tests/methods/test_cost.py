@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.tiny import tiny_ddpm, tiny_sd
+from tests.tiny import tiny_ddpm, tiny_dit, tiny_sd, tiny_unet_cond
 from torch import nn
 from torch.nn import functional as F
 
+from effuse.compress.quantize.int8 import Dynamic, Int8
 from effuse.evaluate.cost import (
     CountMacs,
     Peak,
@@ -44,25 +45,27 @@ def test_macs_of_attention_are_two_products(inference):
     assert not counted.uncounted
 
 
-def test_macs_of_integer_products():
-    a, b = torch.ones(32, 16, dtype=torch.int8), torch.ones(16, 8, dtype=torch.int8)
-    assert count(lambda: torch._int_mm(a, b)) == 32 * 16 * 8
+@pytest.mark.parametrize("n", [8, 16])
+def test_macs_of_integer_products(n):
+    a, b = torch.ones(32, 16, dtype=torch.int8), torch.ones(16, n, dtype=torch.int8)
+    assert count(lambda: torch._int_mm(a, b)) == 32 * 16 * n
 
 
-def test_a_module_declares_its_macs_and_its_inside_counts_no_more():
-    class Secret(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = nn.Linear(4, 4)
+@pytest.mark.parametrize("n", [32, 64])
+def test_macs_of_four_bit_products(n):
+    x, q = torch.ones(3, 64, dtype=torch.bfloat16), torch.ones(n, 64, dtype=torch.int32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
+    both = torch.ones(2, n, 2, dtype=torch.bfloat16)
+    run = torch.ops.aten._weight_int4pack_mm_for_cpu
+    assert count(lambda: run(x, packed, 32, both)) == 3 * 64 * n
 
-        def forward(self, x):
-            return self.inner(x)
 
-        def macs(self, x):
-            return 1000 * len(x)
-
-    net = nn.Sequential(nn.Linear(4, 4), Secret())
-    assert count(lambda: net(torch.randn(3, 4))) == 3 * 16 + 3000
+def test_macs_of_strided_grouped_and_transposed_convolutions():
+    x = torch.randn(2, 4, 9, 9)
+    assert count(lambda: nn.Conv2d(4, 6, 3, stride=2, dilation=2)(x)) == 2 * 6 * 3 * 3 * 4 * 9
+    assert count(lambda: nn.Conv2d(4, 4, 3, groups=4)(x)) == 2 * 4 * 7 * 7 * 9
+    up = nn.ConvTranspose2d(4, 6, 2, stride=2)
+    assert count(lambda: up(x)) == 2 * 4 * 9 * 9 * 6 * 4  # from each position of the input
 
 
 def test_a_product_without_a_formula_is_named():
@@ -75,11 +78,12 @@ def test_a_product_without_a_formula_is_named():
     assert counted.uncounted == {"effuse_test.product"}
 
 
-def test_counting_leaves_no_hook_behind():
-    before = len(torch.nn.modules.module._global_forward_hooks)
-    with pytest.raises(ZeroDivisionError), CountMacs():
-        1 / 0
-    assert len(torch.nn.modules.module._global_forward_hooks) == before
+def test_what_was_counted_before_an_error_stays_and_nothing_is_warned_of(recwarn):
+    net = nn.Sequential(nn.Linear(4, 5), nn.Linear(6, 7))
+    with CountMacs() as counted, pytest.raises(RuntimeError, match="shapes"):
+        net(torch.randn(2, 4))
+    assert counted.macs == 2 * 4 * 5
+    assert not recwarn.list
 
 
 def test_watch_notes_calls_rows_and_macs():
@@ -185,6 +189,50 @@ def test_macs_agree_with_torch_on_a_unet():
     with torch.no_grad(), FlopCounterMode(display=False) as theirs:
         unet(x, 5)
     assert count(lambda: unet(x, 5)) * 2 == theirs.get_total_flops()
+
+
+def by_hand(network: nn.Module, run, monkeypatch) -> int:
+    """Count a call layer by layer: positions times weights, and two products an attention."""
+    total = [0]
+
+    def layer(module, args, out):
+        positions = out.numel() // module.weight.shape[0]
+        total[0] += positions * module.weight.numel()
+
+    real = F.scaled_dot_product_attention
+
+    def attention(q, k, v, *args, **kwargs):
+        total[0] += q.shape[:-1].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+        return real(q, k, v, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    layers = [m for m in network.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    hooks = [m.register_forward_hook(layer) for m in layers]
+    with torch.no_grad():
+        run()
+    for hook in hooks:
+        hook.remove()
+    monkeypatch.undo()
+    return total[0]
+
+
+@pytest.mark.bridge
+def test_macs_of_a_unet_and_of_a_transformer_are_those_of_their_layers(monkeypatch):
+    t = torch.tensor([3, 4])
+    unet, dit = tiny_unet_cond().eval(), tiny_dit().eval()
+    x = torch.randn(2, unet.config.in_channels, 8, 8)
+    text = torch.randn(2, 5, unet.config.cross_attention_dim)
+    runs = {
+        unet: lambda: unet(x, t, text),
+        dit: lambda: dit(x, timestep=t, class_labels=torch.tensor([1, 2])),
+    }
+    for network, run in runs.items():
+        assert count(run) == by_hand(network, run, monkeypatch) > 0
+        plain = count(run)
+        handle = Int8(Dynamic(8, 8), least=8).attach(network)
+        assert any(layer.kind == "integer" for layer in handle.layers.values())
+        assert count(run) == plain  # whole numbers are multiplied as often
+        handle.detach()
 
 
 def test_wrong_input_is_told():

@@ -311,16 +311,12 @@ def branches(model: nn.Module, which: Sequence[Unit], edit: Edit) -> Iterator[No
 @torch.no_grad()
 def macs(model: nn.Module, call: Call) -> int:
     """Return the multiply-accumulates of one call, exactly: products and attention."""
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+    from effuse.evaluate.cost import CountMacs
 
-    def attention(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-        return sdpa_flop_count(q, k, v)
-
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     args, kwargs = call
-    with FlopCounterMode(display=False, custom_mapping={kernel: attention}) as counter:
+    with CountMacs() as count:
         model(*args, **kwargs)
-    return counter.get_total_flops() // 2
+    return count.macs
 
 
 def unit_macs(model: nn.Module, which: Sequence[Unit], call: Call) -> list[int]:

@@ -96,12 +96,12 @@ def macs_of(*names: str) -> Callable[[MacFormula], MacFormula]:
     return record
 
 
-@macs_of("aten._int_mm", "aten._scaled_mm", "aten._weight_int4pack_mm_for_cpu")
+@macs_of("aten._int_mm", "aten._scaled_mm")
 def _matrix_product(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
-    return a.numel() * (b.shape[-1] if a.shape[-1] == b.shape[0] else b.shape[0])
+    return a.numel() * b.shape[1]
 
 
-@macs_of("aten._weight_int8pack_mm", "aten.linear")
+@macs_of("aten._weight_int8pack_mm", "aten._weight_int4pack_mm_for_cpu", "aten.linear")
 def _weight_product(a: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
     return a.numel() * weight.shape[0]
 
@@ -125,7 +125,7 @@ def _vector_product(a: Tensor, *others: Any, **__: Any) -> int:
 
 _HARMLESS = ("aten", "prim", "prims", "profiler", "_c10d_functional", "inductor")
 _PRODUCTS = ("mm", "matmul", "conv", "attention", "linear", "einsum", "_rnn", "lstm", "gru")
-_NO_PRODUCT = ("_pack", "qparams", "overrideable")
+_NO_PRODUCT = ("_pack", "qparams")
 
 
 class CountMacs(TorchDispatchMode):
@@ -133,9 +133,7 @@ class CountMacs(TorchDispatchMode):
 
     Matrix products, convolutions and attention, exactly from shapes, by torch's own formulas
     (`torch.utils.flop_counter`, whose flops are twice these) and those recorded with `macs_of`;
-    additions, norms and activations are not products and count nothing. A module with a method
-    `macs(*args, **kwargs) -> int`, which takes what its forward takes, is counted by that method
-    instead of by what runs inside it: for kernels that say nothing of their shapes.
+    additions, norms and activations are not products and count nothing.
 
     macs: the sum so far. uncounted: operations outside torch's own, or products, with no formula.
     """
@@ -143,37 +141,6 @@ class CountMacs(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.macs, self.uncounted = 0, set[str]()
-        self._inside = 0
-        self._hooks: list[Any] = []
-
-    def __enter__(self) -> CountMacs:
-        """Begin."""
-        modules = torch.nn.modules.module
-        self._hooks = [
-            modules.register_module_forward_pre_hook(self._before),
-            modules.register_module_forward_hook(self._after, with_kwargs=True, always_call=True),
-        ]
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        """End."""
-        super().__exit__(*error)
-        for hook in self._hooks:
-            hook.remove()
-
-    def _before(self, module: nn.Module, args: Any) -> None:
-        if callable(getattr(module, "macs", None)):
-            self._inside += 1
-
-    def _after(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        declared = getattr(module, "macs", None)
-        if callable(declared):
-            self._inside -= 1
-            if not self._inside:
-                inside, self._inside = self._inside, 1
-                self.macs += int(declared(*args, **kwargs))
-                self._inside = inside
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and add its products."""
@@ -185,8 +152,6 @@ class CountMacs(TorchDispatchMode):
             if out is not NotImplemented:
                 return out
         out = func(*args, **kwargs)
-        if self._inside:
-            return out
         if packet in _FORMULAS:
             self.macs += int(_FORMULAS[packet](*args, **kwargs))
         elif packet in flop_registry:
