@@ -6,7 +6,9 @@ import hashlib
 import io
 import json
 import tarfile
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
@@ -150,5 +152,98 @@ def test_no_network_is_a_clear_error(cache, monkeypatch) -> None:
     monkeypatch.setattr(data, "_download", dead)
     monkeypatch.setattr(data.shutil, "which", lambda name: None)
     (cache / data.SOURCES[1].file).unlink()
-    with pytest.raises(RuntimeError, match="npm_config_registry"):
+    with pytest.raises(RuntimeError, match=r"no route.*put the tarball into .* as emoji-data"):
         data.fetch(data.SOURCES[1])
+
+
+@pytest.fixture
+def bare(tmp_path, monkeypatch):
+    """A home without npm and without settings of it."""
+    for name in [n for n in data.os.environ if n.lower().startswith("npm_config")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data.shutil, "which", lambda name: None)
+    real = data.Path.is_file
+    monkeypatch.setattr(
+        data.Path, "is_file", lambda p: not str(p).endswith("etc/npmrc") and real(p)
+    )
+    return tmp_path
+
+
+def test_the_registry_is_the_one_that_npm_is_told_of(bare, monkeypatch) -> None:
+    with pytest.raises(RuntimeError, match=r"no package registry is known: .*npm_config_registry"):
+        data._registry("left")
+    monkeypatch.setenv("PLACE", "example.org")
+    (bare / ".npmrc").write_text(
+        "; a comment\nfund=false\nregistry = https://${PLACE}/npm/\n"
+        "@scope:registry=https://scope.example.org\n"
+    )
+    assert data._registry("left") == "https://example.org/npm"
+    assert data._registry("@scope/left") == "https://scope.example.org"
+    assert data._registry("@other/left") == "https://example.org/npm"
+    (bare / "other").write_text('registry="http://user.example.org"')
+    monkeypatch.setenv("NPM_CONFIG_USERCONFIG", str(bare / "other"))
+    monkeypatch.chdir("/")
+    assert data._registry("left") == "http://user.example.org"
+    monkeypatch.setenv("npm_config_registry", "https://environment.example.org/")
+    assert data._registry("left") == "https://environment.example.org"
+
+
+def test_npm_itself_is_asked(bare, monkeypatch) -> None:
+    npm = bare / "npm"
+    npm.write_text(
+        '#!/bin/sh\ncase "$*" in "config get registry") echo https://asked.example.org/;; '
+        "*) echo undefined;; esac\n"
+    )
+    npm.chmod(0o755)
+    monkeypatch.setattr(data.shutil, "which", lambda name: str(npm))
+    assert data._registry("@scope/left") == "https://asked.example.org"
+
+
+@pytest.fixture
+def registry(cache, bare, monkeypatch):
+    """A registry on this machine that answers ranges: its log of (path, first byte)."""
+    asked: list[tuple[str, int]] = []
+    source = data.SOURCES[0]
+    whole = (cache / source.file).read_bytes()
+    (cache / source.file).unlink()
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            first = int(self.headers.get("Range", "bytes=0-")[6:-1])
+            asked.append((self.path, first))
+            self.send_response(206 if 0 < first < len(whole) else 416 if first else 200)
+            self.end_headers()
+            self.wfile.write(whole[first:])
+
+        def log_message(self, *args: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        monkeypatch.setenv("npm_config_registry", f"http://127.0.0.1:{server.server_port}/")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        yield asked
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("have", ["nothing", "a beginning", "too much"])
+def test_a_download_goes_on_where_it_stopped(cache, registry, have) -> None:
+    source = data.SOURCES[0]
+    part = (cache / source.file).with_suffix(".part")
+    path = f"/{source.package}/-/fluent-emoji-3d-{source.version}.tgz"
+    expected = [(path, 0)]
+    if have == "a beginning":
+        data._download(source, part)
+        part.write_bytes(part.read_bytes()[:100])
+        expected += [(path, 100)]
+    elif have == "too much":
+        part.write_bytes(bytes(100_000))
+        expected = [(path, 100_000), (path, 0)]
+    assert data._sha256(data.fetch(source)) == source.sha256
+    assert registry == expected
+    assert not part.exists()
+    assert data.fetch(source).is_file()
+    assert registry == expected  # it is asked no more

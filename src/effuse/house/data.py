@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
@@ -273,30 +274,91 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _registry() -> str:
-    """Return the registry's address: as configured for npm, else npm's own default."""
-    settings = {key.lower(): value for key, value in os.environ.items()}
-    return (settings.get("npm_config_registry") or "https://registry.npmjs.org").rstrip("/")
+def _registry(package: str) -> str:
+    """Return the address of the registry that npm's settings name for a package.
+
+    Environment, npm itself, .npmrc of this folder, the user and the system, in this order; for each
+    the registry of the package's scope before that of all packages.
+
+    Raises:
+        RuntimeError: none of them names one.
+    """
+    scope, slash, _ = package.partition("/")
+    keys = [f"{scope}:registry"] * bool(slash) + ["registry"]
+    for read in (_from_environment, _from_npm, _from_files):
+        for key in keys:
+            found = read(key).strip().strip("\"'").rstrip("/")
+            if found.startswith(("https://", "http://")):
+                return found
+    raise RuntimeError(
+        "no package registry is known: install npm, or set npm_config_registry or registry=... in "
+        "~/.npmrc to its address"
+    )
+
+
+def _from_environment(key: str) -> str:
+    return {k.lower(): v for k, v in os.environ.items()}.get(f"npm_config_{key}", "")
+
+
+def _from_npm(key: str) -> str:
+    npm = shutil.which("npm")
+    if npm is None:
+        return ""
+    command = [npm, "config", "get", key]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+def _from_files(key: str) -> str:
+    home = _from_environment("userconfig") or Path.home() / ".npmrc"
+    system = ("/usr/local/etc/npmrc", "/usr/etc/npmrc", "/etc/npmrc")
+    for file in (Path(".npmrc"), Path(home), *map(Path, system)):
+        lines = file.read_text().splitlines() if file.is_file() else []
+        found = [v for k, is_, v in (line.partition("=") for line in lines) if k.strip() == key]
+        if found:
+            return os.path.expandvars(found[-1])
+    return ""
+
+
+def _pack(source: Source, part: Path) -> str:
+    """Bring the tarball to `part` with npm, whose settings hold; return what npm complained of."""
+    npm = shutil.which("npm")
+    if npm is None:
+        return "npm is not installed"
+    with tempfile.TemporaryDirectory(dir=part.parent) as room:
+        command = [npm, "pack", f"{source.package}@{source.version}", "--loglevel=error"]
+        done = subprocess.run(command, cwd=room, capture_output=True, text=True, check=False)
+        found = list(Path(room).glob("*.tgz"))
+        if done.returncode == 0 and found:
+            os.replace(found[0], part)
+            return ""
+    return f"npm pack: {' '.join(done.stderr.split())[:300]}"
 
 
 def _download(source: Source, part: Path) -> None:
-    """Bring the tarball to `part`, going on where an earlier try stopped."""
+    """Bring the tarball to `part` by HTTP, going on where an earlier try stopped."""
     name = source.package.rsplit("/", 1)[-1]
-    address = f"{_registry()}/{source.package}/-/{name}-{source.version}.tgz"
+    address = f"{_registry(source.package)}/{source.package}/-/{name}-{source.version}.tgz"
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(address)
     if have:
         request.add_header("Range", f"bytes={have}-")
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        going_on = have and answer.status == 206
-        with part.open("ab" if going_on else "wb") as file:
-            shutil.copyfileobj(answer, file, 1 << 20)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            going_on = have and answer.status == 206
+            with part.open("ab" if going_on else "wb") as file:
+                shutil.copyfileobj(answer, file, 1 << 20)
+    except urllib.error.HTTPError as error:
+        if not have or error.code != 416:
+            raise
+        part.unlink()  # what is there is no beginning of it
+        _download(source, part)
 
 
 def fetch(source: Source, folder: Path | None = None) -> Path:
     """Return the path of the source's tarball, brought into the cache if it is not there.
 
-    Uses `npm pack` where npm is installed (so its settings hold), else plain HTTP, resumed.
+    Uses `npm pack` where npm is installed, else plain HTTP from the registry that npm's settings
+    name, resumed where an earlier try stopped.
 
     Raises:
         RuntimeError: what came is not what was published (hash), or nothing came.
@@ -307,22 +369,15 @@ def fetch(source: Source, folder: Path | None = None) -> Path:
     if target.exists() and _sha256(target) == source.sha256:
         return target
     part = target.with_suffix(".part")
-    npm = shutil.which("npm")
-    if npm and not part.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as room:
-            command = [npm, "pack", f"{source.package}@{source.version}", "--silent"]
-            done = subprocess.run(command, cwd=room, capture_output=True, text=True, check=False)
-            found = list(Path(room).glob("*.tgz"))
-            if done.returncode == 0 and found:
-                os.replace(found[0], part)
+    said = "" if part.exists() else _pack(source, part)
     if not part.exists() or _sha256(part) != source.sha256:
         try:
             _download(source, part)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             raise RuntimeError(
-                f"{source.package}@{source.version} did not come: {error}. "
-                "Check npm_config_registry, or put the tarball into the folder "
-                f"{folder} as {source.file}"
+                f"{source.package}@{source.version} did not come: "
+                f"{'; '.join(filter(None, (said, str(error))))}. Or put the tarball into {folder} "
+                f"as {source.file}"
             ) from error
     came = _sha256(part)
     if came != source.sha256:
