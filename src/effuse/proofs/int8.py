@@ -281,14 +281,13 @@ def _torchao() -> list[Variant]:
 def _stored(network: nn.Module, bits: int | None) -> int:
     """Return bytes of the state; with `bits`, weights of two or more dimensions at that many."""
     total = 0
-    for name, t in network.state_dict().items():
+    for t in network.state_dict().values():
         parts = [t]
         if hasattr(t, "__tensor_flatten__"):
             parts = [getattr(t, n) for n in t.__tensor_flatten__()[0]]
         for part in parts:
-            wide = bits is not None and (bits == 16 or (part.ndim > 1 and min(part.shape[:2]) > 31))
-            total += part.numel() * bits // 8 if wide and bits else part.nbytes
-        del name
+            fewer = bits == 16 or (part.ndim > 1 and min(part.shape[:2]) > 31)
+            total += part.numel() * bits // 8 if bits and fewer else part.nbytes
     return total
 
 
