@@ -6,8 +6,8 @@ import json
 import math
 
 import pytest
+import torch
 
-from effuse import proofs
 from effuse.proofs import Claim, Evidence, Scale, names, prove, write
 
 
@@ -23,6 +23,8 @@ def test_smoke(name, tmp_path):
         assert math.isfinite(claim.baseline), claim
         assert claim.statement
     assert evidence.rows
+    assert read["machine"]["cores"] >= 1
+    assert read["versions"]["torch"] == torch.__version__
 
 
 def test_committed_evidence_is_of_proof_size(request):
@@ -48,4 +50,3 @@ def test_a_claim_that_does_not_hold_is_written_down(tmp_path):
 
 def test_pick():
     assert [Scale(s).pick(1, 2, 3) for s in ("smoke", "small", "proof")] == [1, 2, 3]
-    assert proofs.machine()["cores"] >= 1

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import pkgutil
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from effuse.core.errors import check_choice
+from effuse.core.machine import machine, versions
 
 T = TypeVar("T")
 Size = Literal["smoke", "small", "proof"]
@@ -163,22 +163,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return value
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that figures depend on."""
-    from importlib.metadata import version
-
-    return {p: version(p) for p in ("effuse", "torch", "diffusers", "transformers")}
-
-
-def machine() -> dict[str, Any]:
-    """Return what kind of machine this is, without its name."""
-    import torch
-
-    return {
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-    }
