@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -216,6 +218,35 @@ def test_manifolds_on_a_line_by_hand():
     assert found.inside().tolist() == [0, 1, 1, 0]
 
 
+def mass(centers: torch.Tensor, radii: list[float], mean: float, std: float) -> float:
+    """Return the probability of N(mean, std^2) within a union of intervals."""
+    law, total, reached = NormalDist(mean, std), 0.0, -math.inf
+    for c, r in sorted(zip(centers.flatten().tolist(), radii), key=lambda ball: ball[0] - ball[1]):
+        low, high = max(c - r, reached), max(c + r, reached)
+        total += law.cdf(high) - law.cdf(low)
+        reached = high
+    return total
+
+
+@pytest.mark.parametrize("metric", [Precision, Recall])
+def test_manifold_of_gaussians_is_closed_and_its_interval_covers_it(metric):
+    """On a line the balls are intervals, and a Gaussian's share of them is a sum of its law."""
+    k, mean, std = 2, 0.5, 2.0
+    fixed = normal(60, 1)
+    away = (fixed - fixed.mT).abs().sort(1).values
+    truth = mass(fixed, away[:, k].tolist(), mean, std)
+    assert 0.3 < truth < 0.9
+    hits, found = 0, []
+    for seed in range(100):
+        drawn = normal(150, 1, seed + 10) * std + mean
+        one = metric(fixed, k) if metric is Precision else metric(drawn, k)
+        found.append(value(one, drawn if metric is Precision else fixed))
+        low, high = one.interval(0.9)
+        hits += low <= truth <= high
+    assert abs(np.mean(found) - truth) < 4 * np.std(found) / 10
+    assert 82 <= hits <= 97
+
+
 def test_wilson_is_the_root_of_its_equation():
     low, high = wilson(0.3, 50)
     for p in (low, high):
@@ -260,6 +291,41 @@ def test_psnr_interval_brackets_it():
     found = value(metric, x, y)
     low, high = metric.interval()
     assert low < found < high
+
+
+def test_intervals_of_means_cover_what_gaussians_give():
+    """Cosines of independent Gaussians are 0 on average; noise of deviation s is -20 log10 s dB."""
+    truths = {TextImage: 0.0, FeatureDistance: 1.0, Psnr: -20 * math.log10(0.1)}
+    hits = dict.fromkeys(truths, 0)
+    for seed in range(100):
+        a, b = normal(60, 8, 2 * seed), normal(60, 8, 2 * seed + 1)
+        picture = a.reshape(30, 1, 4, 4)
+        for metric, given_ in (
+            (TextImage(), (a, b)),
+            (FeatureDistance(), (a, b)),
+            (Psnr(), (picture, picture + 0.1 * b.reshape(30, 1, 4, 4))),
+        ):
+            metric.update(*given_)
+            low, high = metric.interval(0.9)
+            hits[type(metric)] += low <= truths[type(metric)] <= high
+    assert all(80 <= n <= 97 for n in hits.values()), hits
+
+
+def test_ssim_is_its_formula_in_every_window():
+    a = torch.rand(1, 2, 12, 13, generator=seeded(), dtype=torch.float64)
+    b = 0.5 * a + 0.4 * torch.rand(1, 2, 12, 13, generator=seeded(1), dtype=torch.float64)
+    at = np.arange(-5, 6)
+    window = np.exp(-(at[:, None] ** 2 + at**2) / (2 * 1.5**2))
+    window /= window.sum()
+    found = []
+    for c, i, j in itertools.product(range(2), range(2), range(3)):
+        x, y = (p[0, c, i : i + 11, j : j + 11].numpy() for p in (a, b))
+        m, n = (window * x).sum(), (window * y).sum()
+        v, w = (window * (x - m) ** 2).sum(), (window * (y - n) ** 2).sum()
+        both = (window * (x - m) * (y - n)).sum()
+        light = (2 * m * n + 0.01**2) / (m**2 + n**2 + 0.01**2)
+        found.append(light * (2 * both + 0.03**2) / (v + w + 0.03**2))
+    assert float(ssim(a, b)) == pytest.approx(np.mean(found), rel=1e-12)
 
 
 def test_ssim_is_scikit_images():

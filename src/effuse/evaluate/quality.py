@@ -2,7 +2,8 @@
 
 Distances between laws take features, (B, D); see `features`. None of them is "FID": that name
 belongs to one network, which is not here. Every value has a confidence interval that holds the
-reference fixed: it says how far the value would move with other samples of the same pipeline.
+reference fixed: it says how far the value would move with other samples of the same pipeline. Only
+that of recall, which is a fraction of the reference, holds the samples fixed instead.
 
     Frechet   |mu - mu'|^2 + tr(S + S' - 2 (S S')^(1/2))         law against law, 0 is equal
     Kid       unbiased squared MMD, k(x, y) = (x.y / D + 1)^3    likewise, small samples too
@@ -186,9 +187,7 @@ class Frechet(_Law):
             if not 1 <= components <= most:
                 raise ValueError(f"components={components}: expected 1 to {most}")
             centered = self.reference - self.reference.mean(0)
-            # the covariance is small where there are many rows, the Gram matrix where few
-            _, vectors = torch.linalg.eigh(centered.mT @ centered)
-            self.basis = vectors[:, -components:]
+            self.basis = torch.linalg.eigh(centered.mT @ centered).eigenvectors[:, -components:]
         self.basis = self.basis.to(self.reference.device)
         self._real = moments(self.reference @ self.basis)
 
@@ -293,7 +292,7 @@ class _Manifold(_Law):
         return float(self.inside().mean())
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Return Wilson's interval of the fraction, with the balls as they are."""
+        """Return Wilson's interval of the fraction: the balls stay, what lies in them is drawn."""
         if not 0 < level < 1:
             raise ValueError(f"level={level!r}: expected a fraction in (0, 1)")
         inside = self.inside()
