@@ -160,6 +160,20 @@ def test_a_network_without_time_inherits_exactly(name, level):
         assert same(rest, [first, first])
 
 
+def test_layers_that_resample_inherit_exactly_too():
+    model = tiny_unet(
+        down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    )
+    mute(model)
+    xs = inputs("unet", 1) * 2
+    for level in (Blocks(1), Layers(deep=None), Units(deep=None)):
+        with Inherit(level, Explicit((0,))).attach(model) as handle:
+            first, second = walk(model, "unet", xs, (900, 500))
+            assert any("samplers.0" in p for p in handle.parts) or isinstance(level, Blocks)
+        assert torch.equal(first, second)
+
+
 def mute(model):
     """Take the time out of a network."""
     for path, module in model.named_modules():
@@ -169,9 +183,11 @@ def mute(model):
             nn.init.zeros_(module.weight)
 
 
-def test_residual_layer_adds_its_old_branch_to_its_new_skip():
+@pytest.mark.parametrize("name", ["unet", "unet_cond"])
+def test_residual_layer_adds_its_old_branch_to_its_new_skip(name):
     """out' = (shortcut(x') + branch) / scale: sign and skip, against the module's own pieces."""
-    model = deep_unet_cond(mid_block_scale_factor=2.0)
+    make = {"unet": tiny_unet, "unet_cond": deep_unet_cond}[name]
+    model = make(mid_block_scale_factor=2.0)
     seen = {}
 
     def spy(key):
@@ -182,16 +198,17 @@ def test_residual_layer_adds_its_old_branch_to_its_new_skip():
 
     names = ["up_blocks.0.resnets.0", "mid_block.resnets.1", "mid_block.attentions.0"]
     layers = {n: model.get_submodule(n) for n in names}
-    xs = inputs("unet_cond", 2)
+    xs = inputs(name, 2)
     with Inherit(Layers(), Explicit((0,))).attach(model) as handle:
         assert set(names) <= set(handle.parts)
         hooks = [m.register_forward_hook(spy(n)) for n, m in layers.items()]
-        walk(model, "unet_cond", xs, (900, 500))
+        walk(model, name, xs, (900, 500))
         for hook in hooks:
             hook.remove()
     for n, m in layers.items():
         (x, out), (x_new, out_new) = seen[n]
-        scale = getattr(m, "output_scale_factor", 1.0)
+        scale = getattr(m, "output_scale_factor", getattr(m, "rescale_output_factor", 1.0))
+        assert scale == (2.0 if "mid" in n and not hasattr(m, "proj_out") else 1.0)
         skip = getattr(m, "conv_shortcut", None) or (lambda a: a)
         branch = scale * out - skip(x)
         assert not torch.equal(x, x_new)
@@ -214,10 +231,10 @@ def test_order_one_follows_the_line_of_what_a_row_of_blocks_adds(name):
     model, xs = MODELS[name], inputs(name)
     with Inherit(Layers(deep=None), Explicit((0, 1)), order=1).attach(model) as handle:
         out = walk(model, name, xs[:3], (900, 700, 600))
-        stream = next(iter(next(iter(handle._streams.values())).values()))
+        (run,) = handle._runs.values()
+        (stream,) = run.streams.values()
         part = handle.parts[-1]
-        _, old, _ = stream.older[part]
-        new = stream.store[part]
+        (_, new), (_, old) = stream.kept[part]
     new, old = (v[0] if isinstance(v, tuple) else v for v in (new, old))
     line = new + 0.5 * (new - old)  # 600 is half a gap behind 700
 
@@ -369,8 +386,9 @@ def test_heun_and_a_start_in_the_middle():
         assert sample(pipe).isfinite().all()
         report = handle.report()
         assert report["calls"] == 9
-        # levels 0 to 4, the first called once: key are levels 0, 2 and 4
-        assert report["key_calls"] == 5
+        # levels 0 to 4, the first called once: key are levels 0, 2 and 4, and the first call that
+        # is the second one of its level
+        assert report["key_calls"] == 6
     pipe = tiny_sd()
     half = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
     half.set_progress_bar_config(disable=True)

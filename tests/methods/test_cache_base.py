@@ -7,6 +7,7 @@ import itertools
 import math
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from hypothesis import strategies as st
 from tests.tiny import tiny_dit, tiny_unet, tiny_unet_cond
 from torch import nn
 
-from effuse.compress.cache.base import flop_counter
 from effuse.compress.cache.clock import Clock, level_of
 from effuse.compress.cache.keys import (
     Adaptive,
@@ -26,6 +26,7 @@ from effuse.compress.cache.keys import (
     Window,
 )
 from effuse.compress.rewire.asdm_assembly import Blocks, Inherit, Layers, Named, Units
+from effuse.evaluate.cost import CountMacs
 
 # ---- key steps
 
@@ -141,8 +142,9 @@ def test_two_calls_at_a_level_are_one_step():
     with Inherit(Layers(), Uniform(2)).attach(model) as handle:
         unet_run(model, noises(6), (900, 600, 600, 300, 300, 0))
         report = handle.report()
-    # levels 900, 600, 300, 0 are steps 0 to 3; calls at 900 and 300 are key
-    assert report["key_calls"] == 3
+    # levels 900, 600, 300, 0 are steps 0 to 3; calls at 900 and 300 are key, and the second one
+    # at 600, whose turn comes for the first time
+    assert report["key_calls"] == 4
     assert report["calls"] == 6
 
 
@@ -183,6 +185,64 @@ def test_sequential_guidance_halves_do_not_mix():
     for a, b, c in zip(both, alone, fresh, strict=True):
         assert torch.equal(a[id(one)], b[id(one)])
         assert torch.equal(c, b[id(one)])
+
+
+def test_windows_called_one_after_another_do_not_mix():
+    """A canvas calls once a window at each step, under the same conditions."""
+    model, ts = tiny_unet(), (900, 700, 500, 300)
+    windows = [noises(4, seed=s) for s in (1, 2, 3)]
+    alone = []
+    for xs in windows:
+        with Inherit(Layers(), Uniform(2)).attach(model):
+            alone.append(unet_run(model, xs, ts))
+    with Inherit(Layers(), Uniform(2)).attach(model) as handle:
+        turns = [unet_run(model, xs, (t,) * 3) for *xs, t in zip(*windows, ts, strict=True)]
+        assert handle.report()["key_calls"] == 6
+    for one, both in zip(alone, zip(*turns, strict=True), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, both, strict=True))
+
+
+def test_calls_without_end_at_one_level_compute_and_hold_little(monkeypatch):
+    monkeypatch.setattr("effuse.compress.cache.base.TURNS", 3)
+    model, xs = tiny_unet(), noises(5)
+    plain = unet_run(model, xs, (500,) * 5)
+    with Inherit(Layers(), Uniform(2)).attach(model) as handle:
+        once = None
+        for x, want in zip(xs, plain, strict=True):
+            assert torch.equal(unet_run(model, [x], (500,))[0], want)
+            once = once or handle.bytes()
+        assert handle.bytes() == 3 * once
+        later = unet_run(model, xs, (400,) * 5)
+        assert handle.report()["key_calls"] == 7
+    fresh = unet_run(model, xs, (400,) * 5)
+    assert [torch.equal(a, b) for a, b in zip(later, fresh, strict=True)] == [False] * 3 + [
+        True
+    ] * 2
+
+
+def test_conditions_that_change_at_each_step_compute_and_are_forgotten():
+    model, xs = tiny_unet_cond(), noises(5, (2, 4, 8, 8))
+    with torch.no_grad(), Inherit(Layers(), Explicit((0,))).attach(model) as handle:
+        held = []
+        for i, x in enumerate(xs):
+            model(x, 900 - i, torch.full((2, 5, 32), float(i)))
+            held.append(handle.bytes())
+        assert handle.report()["key_calls"] == 5
+    assert held == [held[0], *[2 * held[0]] * 4]
+
+
+def test_a_stream_that_was_away_for_a_step_computes():
+    """Guidance in two intervals: what is stored is older than the key step it missed."""
+    model, xs = tiny_unet_cond(), noises(5, (2, 4, 8, 8))
+    one, two = torch.zeros(2, 5, 32), torch.ones(2, 5, 32)
+    with torch.no_grad():
+        plain = model(xs[4], 300, two, return_dict=False)[0]
+        with Inherit(Layers(), Explicit((0, 2))).attach(model):
+            for i, (x, t) in enumerate(zip(xs, (900, 700, 600, 500, 300), strict=True)):
+                model(x, t, one)
+                if i in (0, 1, 4):
+                    out = model(x, t, two, return_dict=False)[0]
+    assert torch.equal(out, plain)
 
 
 def test_conditions_changed_in_place_are_another_stream():
@@ -282,6 +342,75 @@ def test_two_threads_share_nothing():
         assert all(torch.equal(a, b) for a, b in zip(got[i], want[i], strict=True))
 
 
+def test_threads_that_run_at_once_share_nothing():
+    model, ts = tiny_unet_cond(), tuple(range(990, 0, -66))
+    text = [torch.full((1, 5, 32), float(i)) for i in range(3)]
+    walks = [noises(len(ts), (1, 4, 8, 8), seed=s) for s in range(3)]
+
+    def walk(i):
+        with torch.no_grad():
+            pairs = zip(walks[i], ts, strict=True)
+            return [model(x, t, text[i].clone(), return_dict=False)[0] for x, t in pairs]
+
+    with Inherit(Layers(), Uniform(3)).attach(model) as handle:
+        want = [walk(i) for i in range(3)]
+        with ThreadPoolExecutor(3) as pool:
+            got = list(pool.map(walk, range(3)))
+        assert handle.report()["runs"] == 6
+    for a, b in zip(want, got, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("level", [Blocks(3), Layers(deep=0, store="output")], ids=str)
+def test_what_is_stored_is_safe_from_writers(level):
+    """FreeU and T2I adapters write into features in place; that must not reach the store."""
+    model, xs, ts = tiny_unet_cond(), noises(4, (2, 4, 8, 8)), (900, 700, 500, 300)
+    text = torch.zeros(2, 5, 32)
+
+    def walk(**kwargs):
+        with torch.no_grad():
+            pairs = zip(xs, ts, strict=True)
+            return [model(x, t, text, return_dict=False, **kwargs)[0] for x, t in pairs]
+
+    def out_of_place(module, args, kwargs):
+        return tuple(a.clone() if torch.is_tensor(a) else a for a in args), {
+            k: v.clone() if torch.is_tensor(v) else v for k, v in kwargs.items()
+        }
+
+    def writes(module, args, kwargs):
+        (args[0] if args else kwargs["hidden_states"]).mul_(1.1)
+
+    with Inherit(level, Explicit((0,))).attach(model):
+        outs = []
+        for protect in (True, False):
+            hooks = []
+            for block in model.up_blocks:
+                if protect:
+                    hooks.append(block.register_forward_pre_hook(out_of_place, with_kwargs=True))
+                hooks.append(block.register_forward_pre_hook(writes, with_kwargs=True))
+            outs.append(walk())
+            for hook in hooks:
+                hook.remove()
+    assert all(torch.equal(a, b) for a, b in zip(*outs, strict=True))
+
+
+def test_an_inner_cache_makes_up_for_a_key_step_that_an_outer_one_skipped():
+    """Outer keys 0 and 3, inner 0 and 2: at 3 the inner one must not give what it kept at 0."""
+    model, xs, ts = tiny_unet(), noises(4), (900, 700, 500, 300)
+    plain = unet_run(model, xs, ts)
+    inside = Inherit(Units(deep=None), Explicit((0, 2)), where=lambda n, m: n[:3] in ("mid", "dow"))
+    inner = inside.attach(model)
+    with Inherit(Blocks(0), Explicit((0, 3))).attach(model):
+        out = unet_run(model, xs, ts)
+    inner.detach()
+    assert [torch.equal(a, b) for a, b in zip(out, plain, strict=True)] == [
+        True,
+        False,
+        False,
+        True,
+    ]
+
+
 def test_a_copy_of_a_cached_network_has_its_own_cache():
     model, xs = tiny_unet(), noises(4)
     with Inherit(Layers(), Uniform(2)).attach(model):
@@ -323,6 +452,20 @@ def test_adaptive_ends():
 
     assert run(1e-9) == 4
     assert run(1e9) == 1
+
+
+def test_adaptive_compares_a_feature_with_itself_only():
+    """An outer cache hides the first part: what the second one sees has nothing to compare with."""
+    model = Two().eval()
+    x = torch.ones(1, 3)
+    inner = Inherit(Named(("one", "two")), Adaptive(0.1)).attach(model)
+    with torch.no_grad(), Inherit(Named(("one",)), Explicit((0,))).attach(model):
+        model(x, 9)
+        model(x, 8)
+        assert inner.report()["parts_computed"] == 3
+        model(x, 7)
+        assert inner.report()["parts_inherited"] == 1
+    inner.detach()
 
 
 # ---- the line through two key steps
@@ -413,19 +556,47 @@ class Linear(nn.Module):
         return self.net(sample, timestep)
 
 
+class Two(nn.Module):
+    """Two layers in a row that change nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Identity(), nn.Identity()
+
+    def forward(self, sample, timestep):
+        return self.two(self.one(sample))
+
+
+def test_whole_numbers_are_counted_too():
+    """Int8 layers run products that torch's own counter does not know."""
+    from effuse.compress.quantize.int8 import Int8
+
+    model, labels = tiny_dit(), torch.tensor([1, 2])
+    x, t = noises(1, (2, 4, 8, 8))[0], torch.full((2,), 500)
+    call = (x,), {"timestep": t, "class_labels": labels}
+    Int8().attach(model)
+    with CountMacs() as counter, torch.no_grad():
+        model(*call[0], **call[1])
+    with Inherit(Layers(), Uniform(2)).attach(model) as handle:
+        handle.observe([call])
+        (cost,) = handle.costs.values()
+    assert cost.full == counter.macs
+    assert 0 < cost.inherited < cost.full / 2
+
+
 @pytest.mark.parametrize("level", [Blocks(0), Blocks(1), Layers(), Units(deep=None)], ids=str)
 @pytest.mark.parametrize("keys", [Uniform(3), Window(1, 4), FrontDense(5, 2)], ids=str)
 def test_accounts_equal_what_a_counter_counts(level, keys):
     model, xs, ts = tiny_unet(), noises(5), (900, 700, 500, 300, 100)
     with Inherit(level, keys).attach(model) as handle:
         handle.observe([((X, 500), {})])
-        with flop_counter() as counter:
+        with CountMacs() as counter:
             unet_run(model, xs, ts)
         report, expected = handle.report(), handle.expected(5)
-    assert report["macs"] == counter.get_total_flops() // 2 == expected["macs"]
-    with flop_counter() as counter:
+    assert report["macs"] == counter.macs == expected["macs"]
+    with CountMacs() as counter:
         unet_run(model, xs, ts)
-    assert report["macs_full"] == counter.get_total_flops() // 2 == expected["macs_full"]
+    assert report["macs_full"] == counter.macs == expected["macs_full"]
     assert report["macs"] < report["macs_full"]
     keys_run = len(keys.of(5))
     n = report["parts"]

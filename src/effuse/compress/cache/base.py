@@ -3,18 +3,23 @@
     call of a model -> clock (its timestep) -> stream (its conditions) -> gates (compute | inherit)
 
 **Clock.** Read from the model's own `timestep` argument: a lower one is the next step, an equal
-one the same step (both halves of Heun, both halves of guidance), a higher one a new run. Nothing
-counts calls. A run that was broken off between two calls, followed by one that starts lower with
+one the same step (both halves of guidance, both calls of Heun, the windows of a canvas), a higher
+one a new run. A run that was broken off between two calls, followed by one that starts lower with
 the same conditions, cannot be told apart: call `reset()`.
 
-**Stream.** Calls with the same conditions (text, labels, masks: by content, not by object) in the
-same thread share a store; guidance halves called one after another therefore have one each. A
-stream that first appears in the middle of a run computes once before it inherits. A stream whose
-batch, resolution or dtype changes within a run is an error.
+**Stream.** What is stored belongs to calls of one thread with the same conditions (text, labels,
+masks: by content, not by object) and the same turn among those of a step: the second window
+inherits from the second window, an unconditional half from unconditional halves. A stream that is
+new, or was absent for a step, computes before it inherits, and one whose batch, resolution or dtype
+changes within a run is an error. From the `TURNS`-th call of a step on nothing is stored.
 
 **Gate.** Stands in for `forward` of one module as an attribute of that instance: keys of the state
 dict, types and children stay as they are. When it computes, it calls the original forward, so a
-key step is bit-exact. Stored values are detached.
+key step is bit-exact. Stored values are detached copies.
+
+**Stacked caches.** Each has its own clock and rule. A part that an outer cache inherited around at
+one of its own key steps computes at the next occasion. The costs of one count the other as it
+computes in full.
 
 Python decides at each call, so `torch.compile` of the whole model breaks its graph at every gate.
 In training mode everything computes.
@@ -22,7 +27,6 @@ In training mode everything computes.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import inspect
@@ -31,7 +35,7 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -40,129 +44,138 @@ from torch import Tensor, nn
 
 from effuse.core.contracts import Applied, Call, Transform
 
+from .accounts import Accounts, Cost, Shape
 from .clock import Clock, forget_ended, level_of
 from .gates import Gate, paired, tensor_bytes
-from .keys import Keys, Rule
+from .keys import Rule
 
 CONTROLS = (
     "down_block_additional_residuals",
     "mid_block_additional_residual",
     "down_intrablock_additional_residuals",
     "controlnet_block_samples",
+    "controlnet_single_block_samples",
     "block_controlnet_hidden_states",
 )
 """Arguments that change from step to step and are no condition: residuals of side networks."""
 
+TURNS = 64
+"""Calls of one step under the same conditions that are told apart; it bounds the memory."""
+
 Key = tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Multiply-accumulates of one call: all of it, and what each part saves when it inherits."""
-
-    full: int
-    saved: Mapping[str, int]
-
-    @property
-    def inherited(self) -> int:
-        """Return the cost of a call in which every part inherits."""
-        return self.full - sum(self.saved.values())
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Key steps times parts: what a run of `steps` calls will execute, before it is run."""
-
-    keys: Keys
-    parts: tuple[str, ...]
-
-    def runs(self, steps: int, parts: int) -> int:
-        """Return executions: |K| n_all + (T - |K|) (n_all - n_parts), of `parts` = n_all parts."""
-        key = len(self.keys.of(steps))
-        return key * parts + (steps - key) * (parts - len(self.parts))
-
-    def macs(self, steps: int, cost: Cost) -> int:
-        """Return multiply-accumulates of a run of `steps` calls."""
-        key = len(self.keys.of(steps))
-        saved = sum(cost.saved[p] for p in self.parts)
-        return key * cost.full + (steps - key) * (cost.full - saved)
 
 
 @dataclass
 class Stream:
-    """What calls under the same conditions remember: a value a part, and the watched feature."""
+    """What the calls of one stream remember.
 
-    shape: tuple[Any, ...]
-    store: dict[str, Any] = field(default_factory=dict)
-    older: dict[str, tuple[float, Any, float]] = field(default_factory=dict)
-    watched: Tensor | None = None
+    kept: by part, the last values with the levels at which they were computed, newest first.
+    shapes: by gate, what a silent one must look like. asked: by part, the last step at which its
+    gate was reached. watched: a feature at the last key step, and whose.
+    """
+
+    shape: Shape
+    step: int
+    kept: dict[str, list[tuple[float, Any]]] = field(default_factory=dict)
+    shapes: dict[str, Any] = field(default_factory=dict)
+    asked: dict[str, int] = field(default_factory=dict)
+    watched: tuple[str, Tensor] | None = None
+    bytes: int = 0
+
+
+@dataclass
+class Run:
+    """The streams of a thread since its run began, and whose turn it is in this step."""
+
+    step: int = 0
+    streams: dict[Key, Stream] = field(default_factory=dict)
+    turns: Counter[Key] = field(default_factory=Counter)
+
+    def stream(self, step: int, conditions: Key, shape: Shape, repeats: bool) -> Stream:
+        """Return the stream of the next call at `step`; `repeats`: it is the last call again."""
+        if step != self.step:
+            self.step, self.turns = step, Counter()
+            self.streams = {k: s for k, s in self.streams.items() if s.step >= step - 1}
+        turn = 0 if repeats else self.turns[conditions]
+        self.turns[conditions] += 1
+        stream = self.streams.get((turn, conditions))
+        if stream is None:
+            stream = Stream(shape, step)
+            if turn < TURNS:
+                self.streams[turn, conditions] = stream
+        elif stream.shape != shape:
+            raise ValueError(
+                f"the sample went from {_spell(stream.shape)} to {_spell(shape)} within a run "
+                f"(step {step}): the stored features do not fit; call reset() before a new picture"
+            )
+        stream.step = step
+        return stream
 
 
 class Now:
     """One call of the model while it runs: the decision of each part, made once."""
 
-    def __init__(
-        self,
-        cache: Cached,
-        step: int,
-        level: float,
-        stream: Stream,
-        new: bool,
-        controlled: bool,
-    ):
+    def __init__(self, cache: Cached, step: int, level: float, stream: Stream, controlled: bool):
         self.cache, self.step, self.level, self.stream = cache, step, level, stream
-        self.new, self.controlled = new, controlled
+        self.controlled = controlled
         self.fresh: dict[str, bool] = {}
         self.held: dict[str, Any] = {}  # what one gate leaves for another within the call
+        self._seen: tuple[str, Tensor] | None = None
+        self._then = stream.watched
         self._change: float | None = None
-        self._first: Tensor | None = None
 
     def computes(self, part: str, x: Tensor | None) -> bool:
-        """Say whether `part` computes in this call; x: the input of the gate that asks first."""
+        """Say whether `part` computes in this call; x: the input of its first gate."""
         if part not in self.fresh:
-            rule, forced = self.cache.rule, self.cache.forced
-            if not self.fresh and rule.watches:
-                self._first = None if x is None else x.detach().clone()
-            fresh = self.new or part not in self.stream.store
-            if not fresh:
-                fresh = rule.fresh(self.step, part, self._moved) if forced is None else forced
-            if fresh and self._first is not None:
-                self.stream.watched = self._first
+            self.watch(part, x)
+            fresh = self._decide(part)
+            if fresh and self._seen is not None:
+                self.stream.watched = self._seen
             self.fresh[part] = fresh
         return self.fresh[part]
 
+    def _decide(self, part: str) -> bool:
+        rule, forced = self.cache.rule, self.cache.accounts.forced
+        missed = range(self.stream.asked.get(part, self.step) + 1, self.step)
+        self.stream.asked[part] = self.step
+        if part not in self.stream.kept:
+            return True
+        if forced is not None:
+            return forced
+        if any(rule.fresh(step, part, lambda: 0.0) for step in missed):
+            return True
+        return rule.fresh(self.step, part, self._moved)
+
+    def watch(self, part: str, x: Tensor | None) -> None:
+        """Take x for the feature whose change the rule may ask for; the first in a call counts."""
+        if self.cache.rule.watches and self._seen is None and x is not None:
+            self._seen = part, x.detach().clone()
+
     def keep(self, part: str, value: Any) -> None:
-        """Store what later steps inherit; with `order` 1 the value before it stays too."""
-        if self.cache.order:
-            at, then, before = self.stream.older.get(part, (math.inf, None, math.inf))
-            if at > self.level:  # not the second call of one step
-                then, before = self.stream.store.get(part), at
-            self.stream.older[part] = self.level, then, before
-        self.stream.store[part] = value
+        """Store what later steps inherit, and with `order` 1 the value before it."""
+        before = self.stream.kept.get(part, [])
+        self.stream.kept[part] = [(self.level, value), *before][: self.cache.order + 1]
 
     def kept(self, part: str) -> Any:
         """Return what was stored, carried on to this level if the cache is of order 1.
 
         b(t) = b_1 + (t - t_1) / (t_1 - t_0) (b_1 - b_0), 0 and 1 the last two key steps.
         """
-        value = self.stream.store[part]
-        if not self.cache.order:
+        (t_1, value), *before = self.stream.kept[part]
+        if not before:
             return value
-        at, then, before = self.stream.older[part]
-        if then is None or not math.isfinite(before):
-            return value
-        gain = (self.level - at) / (at - before)
+        t_0, then = before[0]
+        gain = (self.level - t_1) / (t_1 - t_0)
         return paired(value, then, lambda new, old: new + gain * (new - old))
 
     def _moved(self) -> float:
+        """Return max over rows ||x - x_key|| / ||x_key|| of the watched feature."""
         if self._change is None:
-            x, then = self._first, self.stream.watched
-            if x is None or then is None or x.shape != then.shape:
-                self._change = math.inf
-            else:
-                norm = then.flatten(1).float().norm(dim=1)
-                off = (x - then).flatten(1).float().norm(dim=1) / norm.clamp_min(1e-12)
-                self._change = float(off.max())
+            if self._seen is None or self._then is None or self._seen[0] != self._then[0]:
+                return math.inf
+            x, then = (a.flatten(1).float() for _, a in (self._seen, self._then))
+            off = (x - then).norm(dim=1) / then.norm(dim=1).clamp_min(1e-12)
+            self._change = float(off.max())
         return self._change
 
 
@@ -195,20 +208,17 @@ class Cached(Applied):
         if "timestep" not in names:
             raise TypeError(
                 f"{type(model).__name__}.forward has no argument `timestep`: the clock of a cache "
-                "is read from it; expected a diffusers UNet or transformer"
+                "is read from it; expected a diffusers UNet or transformer, or one network of "
+                "a Switched"
             )
         self._sample = names[0]
-        self.forced: bool | None = None
         self.finalized = False
-        self.costs: dict[tuple[Any, ...], Cost] = {}
-        self._counter: Any = None
-        self._spent: dict[bool, Counter[str]] = {}
+        self.accounts = Accounts(self.parts)
         self._digests: dict[int, tuple[Any, int, str]] = {}
         self._clock = Clock()
-        self._streams: dict[int, dict[Key, Stream]] = {}
+        self._runs: dict[int, Run] = {}
         self._now: dict[int, Now] = {}
         self._warned = False
-        self._clear_tally()
         for gate in self.gates:
             gate.put(self)
         self._hooks = [
@@ -234,34 +244,19 @@ class Cached(Applied):
         if model.training or not self.gates:
             return
         given = self._arguments(args, kwargs)
-        x = given[self._sample]
         level = level_of(given.get("timestep"))
+        measuring = self.accounts.forced is not None
         step, begins = self._clock.step(level)
-        if begins:
-            forget_ended(self._streams)
-            self._streams[me] = {}
-            self._tally["runs"] += self.forced is None
-        limit = self.rule.limit
-        if limit is not None and step >= limit:
-            raise ValueError(
-                f"step {step + 1} of a run, at timestep {level:g}: {self.rule} was made for "
-                f"{limit} steps; give it the number of steps you sample with"
-            )
-        streams = self._streams[me]
-        shape = (tuple(x.shape), x.dtype, x.device)
-        key = self._conditions(given)
-        stream, new = streams.get(key), False
-        if stream is None:
-            stream, new = Stream(shape), True
-            streams[key] = stream
-        elif stream.shape != shape:
-            raise ValueError(
-                f"the sample went from {_spell(stream.shape)} to {_spell(shape)} within a run "
-                f"(step {step}, timestep {level:g}): the stored features do not fit; call "
-                "reset() before a new picture"
-            )
+        run = None if begins else self._runs.get(me)
+        if run is None:
+            forget_ended(self._runs)
+            run = self._runs[me] = Run(step)
+            self.accounts.runs += not measuring
+        self.rule.check(step, level)
+        shape = _shape(given[self._sample])
+        stream = run.stream(step, self._conditions(given), shape, repeats=measuring)
         controlled = any(given.get(name) is not None for name in CONTROLS)
-        self._now[me] = Now(self, step, level, stream, new, controlled)
+        self._now[me] = Now(self, step, level, stream, controlled)
 
     def _leave(self, model: nn.Module, args: Any, out: Any) -> None:
         me = threading.get_ident()
@@ -270,7 +265,7 @@ class Cached(Applied):
             return
         if out is None:  # it raised: what was stored belongs to no whole call
             self._clock.reset(me)
-            self._streams.pop(me, None)
+            self._runs.pop(me, None)
             return
         inherited = [p for p, fresh in now.fresh.items() if not fresh]
         if now.controlled and not self._warned and self.drops.intersection(inherited):
@@ -281,8 +276,11 @@ class Cached(Applied):
                 "fresh or inherit at layer or unit level",
                 stacklevel=2,
             )
-        if self.forced is None:
-            self._count(now, inherited)
+        if self.accounts.forced is None:
+            stream = now.stream
+            stream.bytes = tensor_bytes([*stream.kept.values(), stream.watched])
+            computed = len(now.fresh) - len(inherited)
+            self.accounts.note(stream.shape, inherited, computed, self.bytes())
 
     def _arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         kind: Any = type(self.model)
@@ -308,36 +306,16 @@ class Cached(Applied):
         raw = a.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
         digest = f"{tuple(a.shape)} {hashlib.blake2b(raw.data, digest_size=16).hexdigest()}"
         if len(self._digests) > 64:
-            self._digests = {k: v for k, v in self._digests.items() if v[0]() is not None}
+            self._digests = {k: v for k, v in [*self._digests.items()] if v[0]() is not None}
         self._digests[id(a)] = (weakref.ref(a), version, digest)
         return digest
 
     # ---- the accounts
 
-    def _clear_tally(self) -> None:
-        self._tally: Counter[str] = Counter()
-        self._calls: Counter[tuple[Any, ...]] = Counter()
-        self._inherits: Counter[tuple[tuple[Any, ...], str]] = Counter()
-        self._peak = 0
-
-    def _count(self, now: Now, inherited: Sequence[str]) -> None:
-        self._calls[now.stream.shape] += 1
-        self._tally["key_calls"] += not inherited
-        self._tally["computed"] += len(now.fresh) - len(inherited)
-        self._tally["inherited"] += len(inherited)
-        for part in inherited:
-            self._inherits[now.stream.shape, part] += 1
-        self._peak = max(self._peak, self.bytes())
-
-    @contextlib.contextmanager
-    def counted(self, part: str, fresh: bool) -> Iterator[None]:
-        """Charge multiply-accumulates spent inside to `part`, while a counter runs."""
-        if self._counter is None:
-            yield
-            return
-        start = self._counter.get_total_flops()
-        yield
-        self._spent[fresh][part] += (self._counter.get_total_flops() - start) // 2
+    @property
+    def costs(self) -> dict[Shape, Cost]:
+        """The multiply-accumulates of a call, by sample shape, as far as observed."""
+        return self.accounts.costs
 
     def observe(self, calls: Iterable[Call]) -> None:
         """Count multiply-accumulates on the first call of each sample shape; ends all runs."""
@@ -345,40 +323,17 @@ class Cached(Applied):
         self.model.eval()
         try:
             for args, kwargs in calls:
-                x = self._arguments(args, kwargs)[self._sample]
-                shape = (tuple(x.shape), x.dtype, x.device)
+                shape = _shape(self._arguments(args, kwargs)[self._sample])
                 if shape not in self.costs:
-                    self.costs[shape] = self._measure(args, kwargs)
+                    self.reset()
+                    self.accounts.measure(shape, functools.partial(self.model, *args, **kwargs))
         finally:
             self.model.train(was)
             self.reset()
 
-    @torch.no_grad()
-    def _measure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cost:
-        self.reset()
-        totals = {}
-        try:
-            for fresh in (True, False):
-                self.forced, self._spent[fresh] = fresh, Counter()
-                with flop_counter() as self._counter:
-                    self.model(*args, **kwargs)
-                totals[fresh] = self._counter.get_total_flops() // 2
-                self._counter = None
-        finally:
-            self.forced, self._counter = None, None
-            self.reset()
-        spent = self._spent
-        saved = {p: spent[True][p] - spent[False][p] for p in self.parts}
-        return Cost(totals[True], saved)
-
     def bytes(self) -> int:
         """Return the bytes that are stored now, over all threads and streams."""
-        return sum(
-            tensor_bytes(v)
-            for streams in list(self._streams.values())
-            for stream in list(streams.values())
-            for v in [*stream.store.values(), *stream.older.values(), stream.watched]
-        )
+        return sum(s.bytes for run in list(self._runs.values()) for s in list(run.streams.values()))
 
     def report(self) -> dict[str, Any]:
         """Return counts since `attach`: calls, part executions, bytes, multiply-accumulates.
@@ -386,34 +341,15 @@ class Cached(Applied):
         `macs` and `macs_full` need `observe`; they are missing until every sample shape that was
         run has been observed.
         """
-        calls = sum(self._calls.values())
-        out: dict[str, Any] = {
-            "rule": str(self.rule),
-            "parts": len(self.parts),
-            "runs": self._tally["runs"],
-            "calls": calls,
-            "key_calls": self._tally["key_calls"],
-            "parts_computed": self._tally["computed"],
-            "parts_inherited": self._tally["inherited"],
-            "cache_bytes": self.bytes(),
-            "cache_bytes_peak": self._peak,
-        }
-        if self.costs:
-            cost = next(iter(self.costs.values()))
-            out |= {"macs_key_call": cost.full, "macs_inherited_call": cost.inherited}
-        if calls and all(shape in self.costs for shape in self._calls):
-            full = sum(n * self.costs[s].full for s, n in self._calls.items())
-            saved = sum(n * self.costs[s].saved[p] for (s, p), n in self._inherits.items())
-            out |= {"macs": full - saved, "macs_full": full}
-        return out
+        return {"rule": str(self.rule), "cache_bytes": self.bytes(), **self.accounts.report()}
 
     # ---- on and off
 
     def reset(self) -> None:
         """Forget all stored features: the next call begins a new run. Counts stay."""
-        self._clock.reset()
-        self._streams.clear()
+        self._runs.clear()
         self._now.clear()
+        self._clock.reset()
 
     def detach(self) -> None:
         """Take gates and hooks off."""
@@ -455,17 +391,10 @@ def _nested(value: Any, digest: Callable[[Tensor], str]) -> Any:
     return value if isinstance(value, (int, float, str, bool)) else None
 
 
-def _spell(shape: tuple[Any, ...]) -> str:
+def _shape(x: Tensor) -> Shape:
+    return tuple(x.shape), x.dtype, x.device
+
+
+def _spell(shape: Shape) -> str:
     size, dtype, device = shape
     return f"{size} {str(dtype).removeprefix('torch.')} on {device}"
-
-
-def flop_counter() -> Any:
-    """Return torch's FlopCounterMode, with the attention kernel of the CPU counted too."""
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-
-    def attention(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-        return sdpa_flop_count(q, k, v)
-
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return FlopCounterMode(display=False, custom_mapping={kernel: attention})

@@ -45,8 +45,8 @@ def level_of(timestep: Any) -> float:
     low, high = (float(a) for a in flat.aminmax()) if flat.numel() > 1 else (float(flat), None)
     if high is not None and low != high:
         raise ValueError(
-            f"timesteps from {low:g} to {high:g} in one call: features are inherited only when "
-            "all rows stand at one step; detach the cache, or train with model.train()"
+            f"timesteps from {low:g} to {high:g} in one call: expected all rows at one step of a "
+            "run; detach the cache, or train with model.train()"
         )
     return low
 

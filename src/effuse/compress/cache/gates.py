@@ -1,8 +1,13 @@
-"""Gates: what stands in for the forward of a module and either computes or inherits."""
+"""Gates: what stands in for the forward of a module and either computes or inherits.
+
+`Gate` keeps a whole output, `Branch` and `Delta` what is added to a trunk, `Silent` nothing.
+"""
 
 from __future__ import annotations
 
 import functools
+import inspect
+import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +36,7 @@ class Gate:
         if now is None:
             return self.original(*args, **kwargs)
         fresh = now.computes(self.part, first_tensor(args, kwargs))
-        with self.cache.counted(self.part, fresh):  # type: ignore[union-attr]
+        with now.cache.accounts.charge(self.part, fresh):
             if fresh:
                 return self.compute(now, *args, **kwargs)
             return self.inherit(now, *args, **kwargs)
@@ -44,12 +49,12 @@ class Gate:
     def compute(self, now: Now, *args: Any, **kwargs: Any) -> Any:
         """Run the original and keep what later steps inherit: here the whole output."""
         out = self.original(*args, **kwargs)
-        now.keep(self.part, detached(out))
+        now.keep(self.part, copied(out))
         return out
 
     def inherit(self, now: Now, *args: Any, **kwargs: Any) -> Any:
         """Give an output from what was kept."""
-        return now.kept(self.part)
+        return copied(now.kept(self.part))
 
     def put(self, cache: Cached) -> None:
         """Stand in for the module's forward from now on."""
@@ -75,22 +80,129 @@ class Silent(Gate):
 
     def __init__(self, part: str, module: nn.Module, name: str):
         super().__init__(part, module)
-        self.slot = f"{part}: shape of {name}"
+        self.slot = name
 
     def compute(self, now: Now, *args: Any, **kwargs: Any) -> Any:
         """Run the original and note the shape of what it gives."""
         out = self.original(*args, **kwargs)
-        now.stream.store[self.slot] = mapped(out, lambda a: (a.shape, a.dtype, a.device))
+        now.stream.shapes[self.slot] = mapped(out, lambda a: (a.shape, a.dtype, a.device))
         return out
 
     def inherit(self, now: Now, *args: Any, **kwargs: Any) -> Any:
         """Give zeros."""
-        noted = now.stream.store[self.slot]
+        noted = now.stream.shapes[self.slot]
         return mapped(noted, lambda a: torch.zeros(a[0], dtype=a[1], device=a[2]), _is_shape)
 
 
 def _is_shape(a: Any) -> bool:
     return isinstance(a, tuple) and len(a) == 3 and isinstance(a[0], torch.Size)
+
+
+# ---- gates that keep a branch
+
+
+class Branch(Gate):
+    """A module with out = join(in, branch), where its child `last` gives the branch.
+
+    join: (module, in, branch, return_dict) -> out; it recomputes the skip.
+    """
+
+    def __init__(self, part: str, module: nn.Module, last: str, join: Callable[..., Any]):
+        super().__init__(part, module)
+        self.last, self.join = last, join
+
+    def compute(self, now: Now, *args: Any, **kwargs: Any) -> Any:
+        """Run the original, listening to the last child."""
+        me, heard = threading.get_ident(), []
+
+        def listen(child: nn.Module, given: Any, out: Tensor) -> None:
+            if threading.get_ident() == me:
+                heard.append(out.detach())
+
+        hook = self.module.get_submodule(self.last).register_forward_hook(listen)
+        try:
+            out = self.original(*args, **kwargs)
+        finally:
+            hook.remove()
+        now.keep(self.part, heard[-1])
+        return out
+
+    def inherit(self, now: Now, *args: Any, **kwargs: Any) -> Any:
+        """Join the kept branch with the fresh skip."""
+        x = args[0] if args else kwargs["hidden_states"]
+        return self.join(self.module, x, now.kept(self.part), kwargs)
+
+
+def join_resnet(module: Any, x: Tensor, branch: Tensor, given: Any) -> Tensor:
+    """Return (shortcut(x) + branch) / scale, of a ResnetBlock2D."""
+    if module.upsample is not None:
+        x = module.upsample(x.contiguous() if x.shape[0] >= 64 else x)
+    elif module.downsample is not None:
+        x = module.downsample(x)
+    if module.conv_shortcut is not None:
+        x = module.conv_shortcut(x)
+    return (x + branch) / module.output_scale_factor
+
+
+def join_attention(module: Any, x: Tensor, branch: Tensor, given: Any) -> Tensor:
+    """Return (x + branch) / factor, of an Attention with a residual connection."""
+    return (_as_map(branch, x) + x) / module.rescale_output_factor
+
+
+def join_transformer(module: nn.Module, x: Tensor, branch: Tensor, given: Any) -> Any:
+    """Return x + branch as a Transformer2DModel gives it."""
+    out = _as_map(branch, x) + x
+    if not given.get("return_dict", True):
+        return (out,)
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    return Transformer2DModelOutput(sample=out)
+
+
+def _as_map(branch: Tensor, x: Tensor) -> Tensor:
+    """Turn (B, H W, C) into the (B, C, H, W) of `x`, as the module does after its last layer."""
+    return branch if branch.ndim == x.ndim else branch.transpose(-1, -2).reshape(x.shape)
+
+
+class Delta(Gate):
+    """One of a row of transformer blocks that inherit together what the row adds to its input.
+
+    flow: names of the arguments that flow through, in the order in which the block returns them.
+    first: notes the input; last: keeps out - in. Blocks between hand their input on.
+    """
+
+    def __init__(
+        self, part: str, module: nn.Module, flow: tuple[str, ...], first: bool, last: bool
+    ):
+        super().__init__(part, module)
+        self.flow, self.first, self.last = flow, first, last
+        self.names = list(inspect.signature(type(module).forward).parameters)[1:]
+
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        named = dict(zip(self.names, args, strict=False)) | kwargs
+        return tuple(named.get(n) for n in self.flow)
+
+    def compute(self, now: Now, *args: Any, **kwargs: Any) -> Any:
+        """Run the original; the ends of the row note what went in and what came out."""
+        if self.first:
+            now.held[self.part] = self._given(args, kwargs)
+        out = self.original(*args, **kwargs)
+        if self.last:
+            came = out if isinstance(out, tuple) else (out,)
+            added = tuple(
+                None if a is None or b is None else (b - a).detach()
+                for a, b in zip(now.held.pop(self.part), came, strict=True)
+            )
+            now.keep(self.part, added)
+        return out
+
+    def inherit(self, now: Now, *args: Any, **kwargs: Any) -> Any:
+        """Hand the input on; the last of the row adds what was kept."""
+        given = self._given(args, kwargs)
+        if self.last:
+            kept = now.kept(self.part)
+            given = tuple(None if d is None else a + d for a, d in zip(given, kept, strict=True))
+        return given if len(given) > 1 else given[0]
 
 
 # ---- nested values
@@ -123,9 +235,9 @@ def paired(one: Any, two: Any, change: Callable[[Tensor, Tensor], Tensor]) -> An
     return mapped(one, lambda a: change(a, next(rest)))
 
 
-def detached(value: Any) -> Any:
-    """Return `value` cut from the graph."""
-    return mapped(value, lambda a: a.detach())
+def copied(value: Any) -> Any:
+    """Return `value` cut from the graph, with its own memory: FreeU and adapters write into it."""
+    return mapped(value, lambda a: a.detach().clone())
 
 
 def tensor_bytes(value: Any) -> int:

@@ -28,6 +28,14 @@ class Rule(ABC):
         """Return the number of steps the rule was made for."""
         return None
 
+    def check(self, step: int, level: float) -> None:
+        """Raise `ValueError` where a run at `step`, timestep `level` is none it was made for."""
+        if self.limit is not None and step >= self.limit:
+            raise ValueError(
+                f"step {step + 1} of a run, at timestep {level:g}: {self} was made for "
+                f"{self.limit} steps; give it the number of steps you sample with"
+            )
+
     @abstractmethod
     def fresh(self, step: int, part: str, change: Callable[[], float]) -> bool:
         """Say whether `part` computes at `step`; `change()` is the watched relative change."""

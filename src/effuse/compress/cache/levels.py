@@ -10,20 +10,25 @@ Layers and units keep their *branch*, out = skip(in) + branch, so that the fresh
 
 from __future__ import annotations
 
-import inspect
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from effuse.core.contracts import Where
 from effuse.core.errors import check_choice
 
-from .base import Now
-from .gates import Gate, Silent
+from .gates import (
+    Branch,
+    Delta,
+    Gate,
+    Silent,
+    join_attention,
+    join_resnet,
+    join_transformer,
+)
 
 Store = Literal["branch", "output"]
 
@@ -47,110 +52,6 @@ class Level(ABC):
     def drops(self, gates: Sequence[Gate]) -> list[str]:
         """Return parts that lose residuals of side networks while they inherit."""
         return [g.part for g in gates if type(g) in (Gate, Silent)]
-
-
-# ---- gates that keep a branch
-
-
-class Branch(Gate):
-    """A module with out = join(in, branch), where its child `last` gives the branch.
-
-    join: (module, in, branch, return_dict) -> out; it recomputes the skip.
-    """
-
-    def __init__(self, part: str, module: nn.Module, last: str, join: Callable[..., Any]):
-        super().__init__(part, module)
-        self.last, self.join = last, join
-
-    def compute(self, now: Now, *args: Any, **kwargs: Any) -> Any:
-        """Run the original, listening to the last child."""
-        me, heard = threading.get_ident(), []
-
-        def listen(child: nn.Module, given: Any, out: Tensor) -> None:
-            if threading.get_ident() == me:
-                heard.append(out.detach())
-
-        hook = self.module.get_submodule(self.last).register_forward_hook(listen)
-        try:
-            out = self.original(*args, **kwargs)
-        finally:
-            hook.remove()
-        now.keep(self.part, heard[-1])
-        return out
-
-    def inherit(self, now: Now, *args: Any, **kwargs: Any) -> Any:
-        """Join the kept branch with the fresh skip."""
-        x = args[0] if args else kwargs["hidden_states"]
-        return self.join(self.module, x, now.kept(self.part), kwargs)
-
-
-def _join_resnet(module: Any, x: Tensor, branch: Tensor, given: Any) -> Tensor:
-    if module.upsample is not None:
-        x = module.upsample(x.contiguous() if x.shape[0] >= 64 else x)
-    elif module.downsample is not None:
-        x = module.downsample(x)
-    if module.conv_shortcut is not None:
-        x = module.conv_shortcut(x)
-    return (x + branch) / module.output_scale_factor
-
-
-def _join_attention(module: Any, x: Tensor, branch: Tensor, given: Any) -> Tensor:
-    return (_as_map(branch, x) + x) / module.rescale_output_factor
-
-
-def _join_transformer(module: nn.Module, x: Tensor, branch: Tensor, given: Any) -> Any:
-    out = _as_map(branch, x) + x
-    if not given.get("return_dict", True):
-        return (out,)
-    from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
-    return Transformer2DModelOutput(sample=out)
-
-
-def _as_map(branch: Tensor, x: Tensor) -> Tensor:
-    """Turn (B, H W, C) into the (B, C, H, W) of `x`, as the module does after its last layer."""
-    return branch if branch.ndim == x.ndim else branch.transpose(-1, -2).reshape(x.shape)
-
-
-class Delta(Gate):
-    """One of a row of transformer blocks that inherit together what the row adds to its input.
-
-    flow: names of the arguments that flow through, in the order in which the block returns them.
-    first: notes the input; last: keeps out - in. Blocks between hand their input on.
-    """
-
-    def __init__(
-        self, part: str, module: nn.Module, flow: tuple[str, ...], first: bool, last: bool
-    ):
-        super().__init__(part, module)
-        self.flow, self.first, self.last = flow, first, last
-        self.names = list(inspect.signature(type(module).forward).parameters)[1:]
-
-    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        named = dict(zip(self.names, args, strict=False)) | kwargs
-        return tuple(named.get(n) for n in self.flow)
-
-    def compute(self, now: Now, *args: Any, **kwargs: Any) -> Any:
-        """Run the original; the ends of the row note what went in and what came out."""
-        if self.first:
-            now.held[self.part] = self._given(args, kwargs)
-        out = self.original(*args, **kwargs)
-        if self.last:
-            came = out if isinstance(out, tuple) else (out,)
-            added = tuple(
-                None if a is None or b is None else (b - a).detach()
-                for a, b in zip(now.held.pop(self.part), came, strict=True)
-            )
-            now.keep(self.part, added)
-        return out
-
-    def inherit(self, now: Now, *args: Any, **kwargs: Any) -> Any:
-        """Hand the input on; the last of the row adds what was kept."""
-        given = self._given(args, kwargs)
-        if self.last:
-            kept = now.kept(self.part)
-            given = tuple(None if d is None else a + d for a, d in zip(given, kept, strict=True))
-        return given if len(given) > 1 else given[0]
 
 
 # ---- granularities
@@ -429,11 +330,11 @@ def branch_gate(name: str, module: nn.Module) -> Branch | None:
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
     if isinstance(module, ResnetBlock2D):
-        return Branch(name, module, "conv2", _join_resnet)
+        return Branch(name, module, "conv2", join_resnet)
     if isinstance(module, Transformer2DModel) and module.is_input_continuous:
-        return Branch(name, module, "proj_out", _join_transformer)
+        return Branch(name, module, "proj_out", join_transformer)
     if isinstance(module, Attention) and module.residual_connection:
-        return Branch(name, module, "to_out.1", _join_attention)
+        return Branch(name, module, "to_out.1", join_attention)
     return None
 
 

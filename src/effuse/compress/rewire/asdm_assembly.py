@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from effuse.compress.cache.base import Cached, Plan
+from effuse.compress.cache.accounts import Plan
+from effuse.compress.cache.base import Cached
 from effuse.compress.cache.keys import (
     Adaptive,
     BackDense,
