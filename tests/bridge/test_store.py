@@ -159,22 +159,25 @@ def test_saved_again_from_what_was_loaded(tmp_path):
 
 
 FRESH = """
-import sys, effuse, torch
-assert "torchvision" not in sys.modules
+import os, sys, effuse, torch
 from diffusers import DiffusionPipeline
-pipe = {load}
-pipe.set_progress_bar_config(disable=True)
-out = pipe("ab", num_inference_steps=2, generator=torch.Generator().manual_seed(3),
-           output_type="np").images
-torch.save(torch.as_tensor(out), sys.argv[2])
+assert "torchvision" not in sys.modules
+torch.set_num_threads(1)
+for name in ("plain", "ours"):
+    if os.fork() == 0:  # neither finds what the other imported
+        load = DiffusionPipeline.from_pretrained if name == "plain" else effuse.load
+        pipe = load(sys.argv[1])
+        pipe.set_progress_bar_config(disable=True)
+        out = pipe("ab", num_inference_steps=2, generator=torch.Generator().manual_seed(3),
+                   output_type="np").images
+        torch.save(torch.as_tensor(out), f"{name}.pt")
+        os._exit(0)
+    assert os.wait()[1] == 0, name
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "load", ["DiffusionPipeline.from_pretrained(sys.argv[1])", "effuse.load(sys.argv[1])"]
-)
-def test_loads_in_a_fresh_process(tmp_path, load):
+def test_loads_in_a_fresh_process(tmp_path):
     from effuse.compress.cache.keys import Uniform
     from effuse.compress.cache.levels import Layers
     from effuse.compress.rewire.asdm_assembly import Assemble, Copies, Inherit
@@ -184,12 +187,12 @@ def test_loads_in_a_fresh_process(tmp_path, load):
     two = Inherit(Layers(deep=1), Uniform(2)).attach(pipe.unet)
     store.save(pipe, tmp_path / "s", [("unet", one), ("unet", two)])
     expected = picture(pipe)
-    code = FRESH.format(load=load)
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", code, str(tmp_path / "s"), str(tmp_path / "out.pt")]
+    command = [sys.executable, "-c", FRESH, str(tmp_path / "s")]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert torch.equal(torch.load(tmp_path / "out.pt"), expected)
+    for name in ("plain", "ours"):
+        assert torch.equal(torch.load(tmp_path / f"{name}.pt"), expected), name
     back = store.load(tmp_path / "s")
     assert [type(h.transform).__name__ for _, h in store.applied(back)] == ["Assemble", "Inherit"]
     cached = store.applied(back)[1][1]
@@ -403,6 +406,47 @@ def test_foreign_format(folder):
         DiffusionPipeline.from_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("components", "unet", "dtype"), "fnoat32", "unet: dtype 'fnoat32' is no floating point"),
+        (("components", "unet"), 3, "unet: expected an object, got 3"),
+        (("components", "vae", "dtype"), None, "vae: 'dtype' is None, expected a str"),
+        (("files",), [], r"'files' is \[\], expected a dict"),
+        (("files", "model_index.json"), {}, "model_index.json: 'bytes' is missing"),
+    ],
+    ids=str,
+)
+def test_manifest_of_other_things(folder, path, value, message):
+    manifest = json.loads((folder / "effuse.json").read_text())
+    place = manifest
+    for name in path[:-1]:
+        place = place[name]
+    place[path[-1]] = value
+    (folder / "effuse.json").write_text(json.dumps(manifest))
+    with pytest.raises(StoreError, match=message):
+        store.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("dtype", "int8", "dtype 'int8' is no floating point type"),
+        ("buffers", {"pos": 16}, "dtype 16 is no floating point type"),
+        ("tied", None, "'tied' is None, expected a dict"),
+        ("transforms", [3], "transform 0: expected an object, got 3"),
+        ("weights", "none", "'weights' is 'none', expected a dict"),
+    ],
+    ids=str,
+)
+def test_config_of_other_things(folder, name, value, message):
+    edit(folder / "unet/config.json", lambda d: d["effuse"].update({name: value}))
+    rehash(folder)
+    for load in (store.load, DiffusionPipeline.from_pretrained):
+        with pytest.raises(StoreError, match=message):
+            load(folder)
+
+
 CHANGES = {
     "unknown method 'asdm_asembly'; did you mean 'asdm_assembly'": {
         "method": "asdm_asembly",
@@ -484,6 +528,11 @@ def test_foreign_folder_is_not_overwritten(tmp_path):
     with pytest.raises(StoreError, match="did not save"):
         store.save(tiny_ddpm(), tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    mixed = store.save(tiny_ddpm(), tmp_path / "mixed")
+    (mixed / "unet" / "notes.txt").write_text("by hand")
+    with pytest.raises(StoreError, match=r"holds unet.notes.txt, which effuse did not save"):
+        store.save(tiny_ddpm(), mixed)
+    assert (mixed / "unet" / "notes.txt").read_text() == "by hand"
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="is a file"):
         store.save(tiny_ddpm(), tmp_path / "file")
@@ -495,43 +544,72 @@ def test_foreign_folder_is_not_overwritten(tmp_path):
 
 KILLED = """
 import os, sys
-sys.path.insert(0, sys.argv[3])
+sys.path.insert(0, sys.argv[1])
+import torch
 from tests.tiny import tiny_ddpm
 from effuse.bridge import store
+torch.set_num_threads(1)
 pipe = tiny_ddpm()
 pipe.unet.conv_in.bias.data.fill_(7)
-count, real = 0, {where}
-def dying(*args, **kwargs):
-    global count
-    count += 1
-    if count == {when}:
-        os._exit(9)
-    return real(*args, **kwargs)
-{where} = dying
-store.save(pipe, sys.argv[1])
+def dying(real, when):
+    count = [0]
+    def call(*args, **kwargs):
+        count[0] += 1
+        return os._exit(9) if count[0] == when else real(*args, **kwargs)
+    return call
+for folder, owner, name, when in (
+    ("flushing", os, "fsync", 1),
+    ("swap", store.Path, "rename", 1),
+    ("between", store.Path, "rename", 2),
+):
+    if os.fork() == 0:
+        setattr(owner, name, dying(getattr(owner, name), when))
+        store.save(pipe, folder + "/s")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 9, folder
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("where", "when"),
-    [("os.fsync", 1), ("store.Path.rename", 1), ("store.Path.rename", 2)],
-    ids=["while flushing", "before the swap", "between the renames"],
-)
-def test_killed_save_leaves_the_old_folder(tmp_path, where, when):
+def test_killed_save_leaves_the_old_folder(tmp_path):
+    """Killed while it is flushed, before it is put in place, and between the two renames."""
     pipe = tiny_ddpm()
-    out = store.save(pipe, tmp_path / "s")
-    code = KILLED.format(where=where, when=when)
-    command = [sys.executable, "-c", code, str(out), "", str(ROOT)]
-    assert subprocess.run(command, env={**os.environ}).returncode == 9
-    left = sorted(p.name for p in tmp_path.iterdir())
-    assert len(left) > 1, "the killed save left its draft"
-    back = store.load(out)
-    assert torch.equal(back.unet.conv_in.bias, pipe.unet.conv_in.bias)
-    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+    for name in ("flushing", "swap", "between"):
+        store.save(pipe, tmp_path / name / "s")
+    command = [sys.executable, "-c", KILLED, str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("flushing", "swap", "between"):
+        room = tmp_path / name
+        assert len(list(room.iterdir())) > 1, "the killed save left its draft"
+        assert (room / "s").exists() == (name != "between")
+        back = store.load(room / "s")
+        assert torch.equal(back.unet.conv_in.bias, pipe.unet.conv_in.bias)
+        assert [p.name for p in room.iterdir()] == ["s"]
     pipe.unet.conv_in.bias.data.fill_(5)
-    store.save(pipe, out)
-    assert store.load(out).unet.conv_in.bias.detach().max() == 5
+    store.save(pipe, room / "s")
+    assert store.load(room / "s").unet.conv_in.bias.detach().max() == 5
+
+
+def test_old_folder_comes_back_though_its_number_is_in_use_again(tmp_path):
+    out = store.save(tiny_ddpm(), tmp_path / "s")
+    out.rename(tmp_path / f".s.old-{os.getpid()}")
+    assert store.load(out).unet.config.sample_size == 16
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_compiled_network_is_saved_with_its_transforms(tmp_path):
+    pipe = tiny_sd()
+    handle = Narrow().attach(pipe.unet)
+    expected = picture(pipe)
+    store.save(pipe, tmp_path / "a", [("unet", handle)])
+    back = store.load(tmp_path / "a")
+    back.unet = torch.compile(back.unet)
+    assert len(store.applied(back)) == 1
+    store.save(back, tmp_path / "b")
+    again = store.load(tmp_path / "b")
+    assert torch.equal(picture(again), expected)
+    assert [h.transform for _, h in store.applied(again)] == [handle.transform]
 
 
 def test_failed_save_leaves_no_trace(tmp_path, monkeypatch):

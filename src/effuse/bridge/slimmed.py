@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 FORMAT = 1
+_ENTRY = {"dtype": str, "buffers": dict, "transforms": list, "tied": dict, "weights": dict}
+_LINE = {"method": str, "class": str, "module": str, "path": str, "fields": dict, "plan": dict}
 PREFIX = "Slim"
 _LIBRARIES = {
     "diffusers": ("ModelMixin", "diffusion_pytorch_model.safetensors"),
@@ -337,13 +339,9 @@ def read(folder: str | Path) -> Any:
     """
     folder = Path(folder)
     config = read_json(folder / "config.json")
-    entry = config.pop("effuse", None)
-    if not isinstance(entry, Mapping):
-        raise StoreError(f"{folder / 'config.json'}: has no list of transforms (`effuse`)")
+    entry = checked(config.pop("effuse", None), {}, f"{folder / 'config.json'}: effuse")
     check_format(entry, folder / "config.json")
-    for need in ("dtype", "buffers", "transforms", "tied", "weights"):
-        if need not in entry:
-            raise StoreError(f"{folder / 'config.json'}: `effuse.{need}` is missing")
+    checked(entry, _ENTRY, f"{folder / 'config.json'}: effuse")
     name = str(config.get("_class_name", ""))
     if not name.startswith(PREFIX):
         raise StoreError(f"{folder}: class {name!r}, expected one that begins with {PREFIX!r}")
@@ -370,8 +368,9 @@ def rebuild(
 ) -> tuple[nn.Module, list[Applied]]:
     """Build the network of `config` without weights and put the transforms on it, by plan."""
     model = empty(config)
-    dtype = getattr(torch, entry["dtype"])
-    kept, odd = set(model.state_dict()), entry["buffers"]
+    dtype = dtype_named(entry["dtype"], place)
+    kept = set(model.state_dict())
+    odd = {name: dtype_named(d, place) for name, d in entry["buffers"].items()}
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
         if t.is_floating_point():
             t.data = t.data.to(dtype if name in kept or name not in odd else t.dtype)
@@ -388,7 +387,7 @@ def rebuild(
         handles.append(handle)
     for name, b in model.named_buffers():
         if name in odd:
-            b.data = b.data.to(getattr(torch, odd[name]))
+            b.data = b.data.to(odd[name])
     return model, handles
 
 
@@ -416,9 +415,7 @@ def _no_init() -> Iterator[None]:
 
 
 def _transform(line: Mapping[str, Any], place: str) -> Transform:
-    for need in ("method", "class", "module", "path", "fields", "plan"):
-        if need not in line:
-            raise StoreError(f"{place}: {need!r} is missing")
+    checked(line, _LINE, place)
     cls = _find(line["method"], line["class"], line["module"], place)
     try:
         made: Transform = build(cls, line["fields"], f"{place}: {line['method']}")
@@ -503,6 +500,28 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(source, "sha256").hexdigest()
 
 
+def dtype_named(name: Any, place: str) -> torch.dtype:
+    """Return the floating point dtype of a name such as "float16"; raise `StoreError` if none."""
+    found = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise StoreError(f"{place}: dtype {name!r} is no floating point type of torch")
+    return found
+
+
+def checked(data: Any, kinds: Mapping[str, type], place: str) -> dict[str, Any]:
+    """Return `data`; raise `StoreError` unless it is an object with entries of these kinds."""
+    if not isinstance(data, dict):
+        raise StoreError(f"{place}: expected an object, got {data!r:.40}")
+    for name, kind in kinds.items():
+        if name not in data:
+            raise StoreError(f"{place}: {name!r} is missing")
+        if not isinstance(data[name], kind):
+            raise StoreError(
+                f"{place}: {name!r} is {data[name]!r:.40}, expected a {kind.__name__}: damaged"
+            )
+    return data
+
+
 def check_file(file: Path, noted: Mapping[str, Any]) -> None:
     """Raise `StoreError` unless a file is there with the noted size and hash."""
     if not file.is_file():
@@ -533,6 +552,4 @@ def read_json(file: Path) -> dict[str, Any]:
         data = json.loads(file.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise StoreError(f"{file}: damaged: {error}") from error
-    if not isinstance(data, dict):
-        raise StoreError(f"{file}: expected an object, got {type(data).__name__}")
-    return data
+    return checked(data, {}, str(file))

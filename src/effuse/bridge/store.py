@@ -39,8 +39,7 @@ def applied(pipe: DiffusionPipeline) -> list[tuple[str, Applied]]:
     """Return (component, handle) of all transforms with which a pipeline was loaded, in order."""
     return [
         (name, handle)
-        for name, part in pipe.components.items()
-        if isinstance(part, nn.Module)
+        for name, part in _networks(pipe).items()
         for handle in slimmed.applied_of(part)
     ]
 
@@ -76,10 +75,7 @@ def save(
     listed = _by_component(pipe, applied)
     shadow = copy.copy(pipe)
     notes: dict[str, Any] = {}
-    for name, part in pipe.components.items():
-        if not isinstance(part, nn.Module):
-            continue
-        part = getattr(part, "_orig_mod", part)  # torch.compile wraps it
+    for name, part in _networks(pipe).items():
         handles = listed.get(name, [])
         note: dict[str, Any] = {"dtype": str(slimmed.dtype_of(part)).removeprefix("torch.")}
         if handles:
@@ -137,9 +133,10 @@ def load(source: str | Path, **kwargs: Any) -> DiffusionPipeline:
     manifest = verify(folder)
     components = manifest["components"]
     if kwargs.get("torch_dtype") is None and kwargs.get("dtype") is None:
-        kwargs["dtype"] = {n: getattr(torch, c["dtype"]) for n, c in components.items()} | {
-            "default": torch.float32
-        }
+        kwargs["dtype"] = {
+            n: slimmed.dtype_named(c["dtype"], f"{folder / MANIFEST}: {n}")
+            for n, c in components.items()
+        } | {"default": torch.float32}
         for name, note in components.items():
             if note.get("transforms") and not note.get("plain") and name not in kwargs:
                 kwargs[name] = slimmed.read(folder / name)
@@ -155,10 +152,11 @@ def verify(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     manifest = slimmed.read_json(folder / MANIFEST)
     slimmed.check_format(manifest, folder / MANIFEST)
-    for need in ("components", "files"):
-        if not isinstance(manifest.get(need), dict):
-            raise StoreError(f"{folder / MANIFEST}: {need!r} is missing")
+    slimmed.checked(manifest, {"components": dict, "files": dict}, str(folder / MANIFEST))
+    for name, noted in manifest["components"].items():
+        slimmed.checked(noted, {"dtype": str}, f"{folder / MANIFEST}: {name}")
     for name, noted in manifest["files"].items():
+        slimmed.checked(noted, {"bytes": int, "sha256": str}, f"{folder / MANIFEST}: {name}")
         slimmed.check_file(folder / name, noted)
     return manifest
 
@@ -166,14 +164,19 @@ def verify(folder: str | Path) -> dict[str, Any]:
 # ---- components
 
 
-def _by_component(
-    pipe: DiffusionPipeline, given: Iterable[tuple[str, Applied]]
-) -> dict[str, list[Applied]]:
-    listed = {
-        name: slimmed.applied_of(part)
+def _networks(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    """Return the networks of a pipeline, without what torch.compile wraps around them."""
+    return {
+        name: getattr(part, "_orig_mod", part)
         for name, part in pipe.components.items()
         if isinstance(part, nn.Module)
     }
+
+
+def _by_component(
+    pipe: DiffusionPipeline, given: Iterable[tuple[str, Applied]]
+) -> dict[str, list[Applied]]:
+    listed = {name: slimmed.applied_of(part) for name, part in _networks(pipe).items()}
     for name, handle in given:
         if name not in listed:
             raise StoreError(
@@ -286,11 +289,9 @@ def recover(target: Path) -> None:
         return
     for kind in ("old", "draft"):
         for left in target.parent.glob(f".{target.name}.{kind}-*"):
-            if _alive(left.name.rpartition("-")[2]):
-                continue
             if kind == "old" and not target.exists():
-                left.rename(target)
-            else:
+                left.rename(target)  # whatever its number says: another process may have it now
+            elif not _alive(left.name.rpartition("-")[2]):
                 shutil.rmtree(left, ignore_errors=True)
 
 
@@ -311,11 +312,14 @@ def _check_ours(target: Path) -> None:
         return
     if not target.is_dir():
         raise StoreError(f"{target}: is a file, expected a folder")
-    if any(target.iterdir()) and not (target / MANIFEST).is_file():
-        raise StoreError(
-            f"{target}: holds files that effuse did not save (no {MANIFEST}); give a new folder "
-            "or empty this one"
-        )
+    file = target / MANIFEST
+    ours = {MANIFEST, *(slimmed.read_json(file).get("files", ()) if file.is_file() else ())}
+    for found in sorted(target.rglob("[!.]*")):
+        if found.is_file() and str(found.relative_to(target)) not in ours:
+            raise StoreError(
+                f"{target}: holds {found.relative_to(target)}, which effuse did not save; give a "
+                "new folder or empty this one"
+            )
 
 
 def _check_foreign(folder: Path) -> None:
