@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -222,8 +223,14 @@ def _table(page: Any) -> None:
     console.print(table)
 
 
+# Importing diffusers tries torchao, if it is there, which warns of its kernels for other machines.
+_CHATTER = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+
+
 def main(run: Callable[[], None] = app) -> None:
     """Run the command line; an error a user can mend is one line, not a traceback."""
+    for name in _CHATTER:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         run()
     except (ValueError, TypeError, ImportError, FileNotFoundError) as error:

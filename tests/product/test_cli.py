@@ -102,3 +102,16 @@ def test_help_is_quick_and_names_the_commands():
         assert command in done.stdout
     assert " torch\n" not in done.stderr
     assert " diffusers\n" not in done.stderr
+
+
+@pytest.mark.slow
+def test_importing_diffusers_says_nothing_and_warnings_of_others_stay():
+    code = (
+        "import logging; from effuse.cli import main\n"
+        "def run():\n"
+        "    from diffusers import DiffusionPipeline\n"
+        "    logging.getLogger('diffusers.pipelines').warning('of use')\n"
+        "main(run)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert [line for line in done.stderr.splitlines() if line] == ["of use"]
