@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from effuse.core.contracts import Metric
+from effuse.core.machine import machine, versions
 from effuse.evaluate import cost, quality
 from effuse.ops.stats import bootstrap
 
@@ -279,8 +279,8 @@ def compare(
         command=command,
         reports=list(reports),
         notes=judges.notes,
-        versions=_versions(),
-        machine=_machine(),
+        versions=versions(),
+        machine=machine(),
         folder=target,
     )
     if target is not None:
@@ -467,29 +467,6 @@ def _kept(cosine: Tensor, first: Tensor, level: float) -> Score:
 
     around = bootstrap(pairs, share, level=level)
     return Score(float(share(pairs)), around, "fraction", "higher", len(pairs))
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    names = ("effuse", "torch", "diffusers", "transformers")
-    return {"python": platform.python_version(), **{n: version(n) for n in names}}
-
-
-def _machine() -> dict[str, Any]:
-    """Return what kind of machine this is, without its name."""
-    model = platform.machine()
-    listed = Path("/proc/cpuinfo")
-    if listed.is_file():
-        lines = [x for x in listed.read_text().splitlines() if x.startswith("model name")]
-        model = lines[0].partition(":")[2].strip() if lines else model
-    return {
-        "processor": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "system": platform.system(),
-    }
 
 
 class _Bar:
