@@ -1,16 +1,17 @@
-"""The commands: slim, sample, compare, train, methods, prove."""
+"""The commands: slim, recipes, sample, compare, train, methods, prove."""
 
 from __future__ import annotations
 
 import json
 import logging
-import sys
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 app = typer.Typer(
@@ -28,7 +29,7 @@ Pipeline = Annotated[str, typer.Argument(help="house:NAME, a diffusers folder, o
 @app.command()
 def slim(
     pipeline: Pipeline,
-    recipe: Annotated[Path, typer.Option(help="YAML file: methods in order")],
+    recipe: Annotated[str, typer.Option(help="YAML file, or a shipped name: effuse recipes")],
     out: Annotated[Path, typer.Option(help="folder for the slimmed pipeline and its report")],
     pictures: Annotated[int, typer.Option(help="pictures for the quality figures")] = 48,
     steps: Annotated[int | None, typer.Option(help="sampling steps of the original")] = None,
@@ -37,44 +38,65 @@ def slim(
 ) -> None:
     """Apply a recipe, save the pipeline, measure before and after, write the report page.
 
-    What is measured as "after" is the saved folder, loaded again.
+    What is measured as "after" is the saved folder, loaded again. Stopped while healing, the same
+    command goes on where it was.
     """
-    from effuse.recipe import call_settings, load, parse
+    from effuse.bridge import store
+    from effuse.core.files import claimed, require_room
+    from effuse.recipe import load, parse
     from effuse.recipe import slim as apply
+    from effuse.report import ready
 
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps={steps}: expected a positive integer")
+    if pictures < 2:
+        raise ValueError(f"pictures={pictures}: expected two or more, intervals need them")
     plan = parse(recipe)
-    pipe = load(pipeline)
-    names = " -> ".join(next(iter(i)) for i in plan.to_dict()["methods"])
-    console.print(f"[bold]{pipeline}[/]: {names}")
-    result = apply(pipe, plan)
-    for row in result.reports():
-        console.print(_short(row))
-    folder = result.save(out / "pipeline")
-    console.print(f"saved [bold]{folder}[/]")
-    if report:
-        from effuse.report import Entry, compare
+    with claimed(out):
+        if _holds_other_things(out):
+            raise ValueError(f"{out}: holds other things, expected a new or empty folder")
+        folder = store.ready(out / "pipeline")
+        page_folder = ready(out / "report") if report else None
+        pipe = load(pipeline)
+        require_room(out, 2 * store.size_of(pipe))
+        names = " -> ".join(next(iter(i)) for i in plan.to_dict()["methods"])
+        console.print(f"[bold]{pipeline}[/]: {names}")
+        result = apply(pipe, plan, work=out / ".work")
+        for row in result.reports():
+            console.print(_short(row))
+        result.save(folder)
+        console.print(f"saved [bold]{folder}[/]")
+        if page_folder is not None:
+            page = result.report(
+                page_folder,
+                saved=folder,
+                source=_folder(pipeline),
+                pictures=pictures,
+                seed=seed,
+                steps=steps,
+                command=f"effuse slim {pipeline} --recipe {Path(recipe).name} --out {out.name}",
+            )
+            _table(page)
+            console.print(f"report [bold]{page.path}[/]")
 
-        settings = call_settings(plan)
-        entries = {
-            "before": Entry(result.before, steps=steps, folder=_folder(pipeline)),
-            "after": Entry(
-                load(folder),
-                steps=settings.get("num_inference_steps", steps),
-                guidance=settings.get("guidance_scale"),
-                folder=folder,
-            ),
-        }
-        page = compare(
-            entries,
-            out=out / "report",
-            pictures=pictures,
-            seed=seed,
-            recipe=plan.to_yaml(),
-            reports=result.reports(),
-            command=f"effuse slim {pipeline} --recipe {recipe.name} --out {out.name}",
-        )
-        _table(page)
-        console.print(f"report [bold]{page.path}[/]")
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="one recipe in full")] = None,
+) -> None:
+    """List the shipped recipes, or print one, to start your own from."""
+    from effuse.recipe import shipped
+
+    known = shipped()
+    if name is None:
+        for one, text in known.items():
+            console.print(f"[bold]{one}[/]: {text.lstrip('# ').partition(chr(10))[0]}")
+        return
+    if name not in known:
+        from effuse.core.fields import nearest
+
+        raise ValueError(f"no shipped recipe {name!r}{nearest(name, known)}")
+    console.print(known[name], markup=False, highlight=False, end="")
 
 
 @app.command()
@@ -90,14 +112,15 @@ def sample(
 ) -> None:
     """Sample pictures into one PNG, a row a prompt."""
     from effuse.recipe import load
-    from effuse.report import draw, save_grid
+    from effuse.report import draw, picture_file, save_grid
 
+    picture_file(out)
     pipe = load(pipeline)
     if solver is not None:
         from effuse.bridge.scheduler import scheduler
 
         pipe.register_modules(scheduler=scheduler(solver, pipe.scheduler))
-    pictures = draw(pipe, prompt, count=count, steps=steps, guidance=guidance, seed=seed)
+    pictures = draw(pipe, prompt or None, count=count, steps=steps, guidance=guidance, seed=seed)
     save_grid(pictures, out, columns=count)
     console.print(f"{len(pictures)} pictures in [bold]{out}[/]")
 
@@ -147,7 +170,8 @@ def train(
     from effuse import house
 
     if not name.startswith("house:"):
-        raise ValueError(f"{name!r}: expected house:NAME, one of {', '.join(house.names())}")
+        known = ", ".join(f"house:{n}" for n in house.names())
+        raise ValueError(f"{name!r}: expected one of {known}")
     house.train(name.removeprefix("house:"), out=out, minutes=minutes, steps=steps, seed=seed)
 
 
@@ -203,6 +227,12 @@ def prove(
         console.print(evidence.summary())
 
 
+def _holds_other_things(out: Path) -> bool:
+    """Say whether a folder has something in it and is not what `slim` left there before."""
+    ours = (out / "pipeline").exists() or (out / ".work").exists()
+    return not ours and any(not f.name.startswith(".effuse") for f in out.iterdir())
+
+
 def _folder(name: str) -> Path | None:
     return Path(name) if Path(name).is_dir() else None
 
@@ -233,10 +263,11 @@ def main(run: Callable[[], None] = app) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         run()
-    except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
-        if "--debug" in sys.argv:
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        if os.environ.get("EFFUSE_DEBUG"):
             raise
-        Console(stderr=True).print(f"[bold red]error[/]: {error}", highlight=False)
+        message = escape(str(error))
+        Console(stderr=True).print(f"[bold red]error[/]: {message}", highlight=False)
         raise SystemExit(2) from error
 
 

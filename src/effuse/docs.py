@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from effuse.core.files import write_whole
 from effuse.core.method import Card, methods
 
 BEGIN, END = "<!-- methods -->", "<!-- /methods -->"
@@ -133,9 +133,7 @@ def main(argv: list[str]) -> int:
         stale.append(path.name)
         if "--check" not in argv:
             path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_suffix(".draft")
-            draft.write_text(text)
-            os.replace(draft, path)
+            write_whole(path, text)
     if "--check" in argv and stale:
         print(f"stale: {', '.join(stale)}; run `python -m effuse.docs`", file=sys.stderr)
         return 1

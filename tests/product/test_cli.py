@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tests.tiny import tiny_sd
@@ -13,6 +15,7 @@ from typer.testing import CliRunner
 
 from effuse.cli import app, main
 from effuse.core import methods
+from effuse.core.files import claimed
 
 runner = CliRunner()
 
@@ -53,7 +56,6 @@ def test_sample_with_a_solver(folder, tmp_path):
     assert out.is_file()
 
 
-@pytest.mark.slow
 def test_slim_saves_measures_and_reports(folder, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -66,6 +68,16 @@ def test_slim_saves_measures_and_reports(folder, tmp_path):
     assert (out / "pipeline" / "model_index.json").is_file()
     page = (out / "report" / "index.html").read_text()
     assert "laptop_diff" in page
+    assert "Step by step" in page
+    raw = json.loads((out / "report" / "report.json").read_text())
+    assert [s["name"] for s in raw["stages"]] == ["laptop_diff", "int8", "momentum"]
+    summary = json.loads((out / "report" / "summary.json").read_text())
+    assert set(summary) == {"before", "after"}
+    for name, most in (("macs_per_image", 0.6), ("network_calls", 0.5), ("bytes_on_disk", 0.99)):
+        assert 0 < summary["after"][name] <= most * summary["before"][name]
+    for name in ("seconds_per_image", "parameters", "text_image_score", "frechet"):
+        assert {name} <= set(summary["before"]) & set(summary["after"])
+    assert not (out / ".work").exists()
     again = run("compare", folder, out / "pipeline", "--out", tmp_path / "page", "--pictures", 4)
     assert "report" in again
 
@@ -74,7 +86,17 @@ def test_slim_saves_measures_and_reports(folder, tmp_path):
     ("args", "words"),
     [
         (["methods", "momentun"], "did you mean 'momentum'"),
-        (["train", "emoji"], "expected house:NAME"),
+        (["train", "emoji"], "expected one of house:autoencoder"),
+        (["recipes", "balancd"], "did you mean 'balanced'"),
+        (["sample", "house:nope"], "expected one of house:emoji"),
+        (["sample", "house:emoji", "x", "--out", "x.txt"], "expected a name ending in .png"),
+        (["sample", "house:emoji", "x", "--solver", "momentun"], "did you mean 'momentum'"),
+        (["sample", "house:emoji", "x", "--steps", "0"], "steps=0"),
+        (["sample", "house:pixels", "--guidance", "4"], "has no guidance_scale"),
+        (["sample", "house:pixels", "cat"], "takes no prompts"),
+        (["sample", "house:emoji-dit", "--", "fodd"], "no class 'fodd'"),
+        (["slim", "house:emoji", "--recipe", "fast", "--out", "x", "--steps", "0"], "steps=0"),
+        (["slim", "house:emoji", "--recipe", "fast", "--out", "x", "--pictures", "1"], "two or mo"),
         (["prove"], "one method's name"),
         (["compare", "house:emoji"], "two or more"),
         (["slim", "house:emoji", "--recipe", "none.yaml", "--out", "x"], "no such recipe"),
@@ -90,6 +112,62 @@ def test_a_mistake_is_one_line(args, words, capsys, monkeypatch):
     assert "Traceback" not in shown
 
 
+def fails(capsys, monkeypatch, *args: object) -> str:
+    """Run a command that ends in one line of complaint; return the line."""
+    monkeypatch.setattr(sys, "argv", ["effuse", *map(str, args)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" not in shown
+    return " ".join(shown.split())
+
+
+@pytest.fixture
+def broken(folder, tmp_path):
+    """Give a copy of the pipeline's folder to break."""
+    return shutil.copytree(folder, tmp_path / "broken")
+
+
+def test_a_broken_folder_is_named(broken, capsys, monkeypatch):
+    shutil.rmtree(broken / "unet")
+    assert "unet (UNet2DConditionModel) is missing" in fails(capsys, monkeypatch, "sample", broken)
+    index = json.loads((broken / "model_index.json").read_text())
+    (broken / "model_index.json").write_text(json.dumps({**index, "_class_name": "Other"}))
+    assert "'Other' is no pipeline" in fails(capsys, monkeypatch, "sample", broken)
+    (broken / "model_index.json").unlink()
+    assert "no model_index.json" in fails(capsys, monkeypatch, "sample", broken)
+
+
+def test_slim_keeps_out_of_what_is_not_its_own(broken, tmp_path, capsys, monkeypatch):
+    def refused(out: Path) -> str:
+        return fails(capsys, monkeypatch, "slim", broken, "--recipe", "fast", "--out", out)
+
+    assert "holds other things" in refused(broken)
+    (tmp_path / "file").touch()
+    assert "is a file" in refused(tmp_path / "file")
+    assert "cannot be written" in refused(Path("/proc/effuse"))
+    with claimed(tmp_path / "busy"):
+        assert "is at work in it" in refused(tmp_path / "busy")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert "make room" in refused(tmp_path / "full")
+    assert not (tmp_path / "full").exists()
+
+
+def test_a_full_disk_leaves_the_earlier_result(folder, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    args = ("slim", folder, "--recipe", "fast", "--out", out, "--no-report")
+    run(*args)
+    before = {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("effuse.bridge.store._flush", full)
+    assert "No space left on device" in fails(capsys, monkeypatch, *args)
+    assert {f: f.read_bytes() for f in out.rglob("*") if f.is_file()} == before
+
+
 def test_help_is_quick_and_names_the_commands():
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "effuse.cli", "--help"],
@@ -98,7 +176,7 @@ def test_help_is_quick_and_names_the_commands():
         check=True,
         timeout=120,
     )
-    for command in ("slim", "sample", "compare", "train", "methods", "prove"):
+    for command in ("slim", "recipes", "sample", "compare", "train", "methods", "prove"):
         assert command in done.stdout
     assert " torch\n" not in done.stderr
     assert " diffusers\n" not in done.stderr

@@ -12,8 +12,9 @@ import yaml
 from tests.tiny import tiny_sd
 
 import effuse
+from effuse.core import training
 from effuse.core.errors import RecipeError
-from effuse.recipe import Recipe, Sampler, parse, slim
+from effuse.recipe import On, Recipe, Sampler, parse, shipped, slim
 from effuse.solvers import Heun
 
 FOUR = {
@@ -43,6 +44,7 @@ FOUR = {
         ({"methods": [{"int8": {}}, {"laptop_diff": {}}]}, "expected the order"),
         ({"methods": [{"ddim": {"steps": 2}}, {"euler": {"steps": 2}}]}, "at most one"),
         ({"methods": [{"ddim": {"grid": {"Karas": {}}}}]}, "did you mean 'Karras'"),
+        ({"methods": [{"laptop_diff": {"component": "vae"}}]}, "made for the denoising network"),
         ({"methods": [], "healing": {"step": 4}}, "did you mean 'steps'"),
         ("missing.yaml", "no such recipe"),
     ],
@@ -69,11 +71,13 @@ def test_reads_and_writes_the_same(tmp_path):
     assert first.sampler.grid.rho == 5.0
 
 
-def test_the_shipped_recipes_are_valid(request):
-    files = sorted((request.config.rootpath / "recipes").glob("*.yaml"))
-    assert files
-    for file in files:
-        assert isinstance(parse(file), Recipe)
+def test_the_shipped_recipes_are_valid_and_say_what_they_are():
+    assert {"fast", "small", "balanced"} <= set(shipped())
+    for name, text in shipped().items():
+        assert isinstance(parse(name), Recipe)
+        assert text.startswith("# ")
+    with pytest.raises(RecipeError, match="did you mean 'balanced'"):
+        parse("balancd")
 
 
 def pictures(pipe, **settings):
@@ -101,6 +105,65 @@ def test_failure_leaves_the_pipeline_as_it_was():
     with pytest.raises(ValueError, match="prompts"):
         slim(pipe, {**recipe.to_dict(), "calibration": {"prompts": 0}})
     np.testing.assert_array_equal(pictures(pipe), before)
+
+
+def test_stages_take_off_one_step_at_a_time_and_put_all_back():
+    pipe = tiny_sd()
+    before = pictures(pipe)
+    result = slim(pipe, FOUR)
+    whole = pictures(pipe, **result.settings)
+    pruned = slim(tiny_sd(), {**FOUR, "methods": FOUR["methods"][:1]})
+    seen = []
+    for name, how in result.stages():
+        seen.append(name)
+        if name == "laptop_diff":
+            np.testing.assert_array_equal(pictures(pipe, **how), pictures(pruned.pipe))
+    assert seen == ["momentum", "asdm_assembly", "int8", "laptop_diff"]
+    np.testing.assert_array_equal(pictures(pipe, **result.settings), whole)
+    next(iter(stages := result.stages()))
+    stages.close()  # left early
+    np.testing.assert_array_equal(pictures(pipe, **result.settings), whole)
+    np.testing.assert_array_equal(pictures(result.undo()), before)
+
+
+def test_a_transform_goes_on_another_component():
+    pipe = tiny_sd()
+    before = pictures(pipe)
+    recipe = {"methods": [{"int8": {"component": "text_encoder", "least": 4}}]}
+    result = slim(pipe, recipe)
+    assert result.recipe.to_dict() == recipe
+    assert [name for name, _ in result.applied] == ["text_encoder"]
+    assert result.reports()[0]["bytes"] < result.reports()[0]["bytes_before"]
+    assert np.abs(pictures(pipe) - before).max() > 0
+    np.testing.assert_array_equal(pictures(result.before), before)
+    np.testing.assert_array_equal(pictures(result.undo()), before)
+    with pytest.raises(RecipeError, match="expected one of vae, text_encoder, unet"):
+        slim(pipe, [On("text_encoder_2", result.recipe.items[0].transform)])
+
+
+def test_interrupted_healing_goes_on_where_it_was(tmp_path, monkeypatch):
+    recipe = {**FOUR, "methods": FOUR["methods"][:1], "healing": {"steps": 6, "ema": None}}
+    whole = pictures(slim(tiny_sd(), recipe, progress=False).pipe)
+    real, calls = training.fit, []
+
+    def stopped(*args, **kwargs):
+        def stop(step, losses):
+            calls.append(step)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+
+        return real(*args, **{**kwargs, "on_step": stop, "save_every": 2})
+
+    monkeypatch.setattr(training, "fit", stopped)
+    pipe = tiny_sd()
+    before = pictures(pipe)
+    with pytest.raises(KeyboardInterrupt):
+        slim(pipe, recipe, progress=False, work=tmp_path / "work")
+    np.testing.assert_array_equal(pictures(pipe), before)
+    again = slim(pipe, recipe, progress=False, work=tmp_path / "work")
+    assert calls == [1, 2, 3, 4, 3, 4, 5, 6]
+    np.testing.assert_array_equal(pictures(again.pipe), whole)
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_bare_solver_is_a_sampler():

@@ -26,6 +26,7 @@ from torch import nn
 
 from effuse.core.contracts import Applied
 from effuse.core.errors import StoreError
+from effuse.core.files import alive
 
 from . import slimmed
 
@@ -67,11 +68,7 @@ def save(
         StoreError: the folder holds something else, or a transform cannot be written down or
             rebuilt; nothing has been changed on disk.
     """
-    target = Path(folder).absolute()
-    if target.is_symlink():
-        target = target.resolve()
-    recover(target)
-    _check_ours(target)
+    target = ready(folder)
     listed = _by_component(pipe, applied)
     shadow = copy.copy(pipe)
     notes: dict[str, Any] = {}
@@ -110,6 +107,31 @@ def save(
     return Path(folder)
 
 
+def ready(folder: str | Path) -> Path:
+    """Return the absolute folder, once it is sure that `save` may write or replace it.
+
+    Raises:
+        StoreError: it holds something that `save` did not write.
+    """
+    target = Path(folder).absolute()
+    if target.is_symlink():
+        target = target.resolve()
+    recover(target)
+    _check_ours(target)
+    return target
+
+
+def size_of(pipe: DiffusionPipeline) -> int:
+    """Return the bytes of all networks of a pipeline as they are held, shared ones once."""
+    held = {
+        t.data_ptr(): t.numel() * t.element_size()
+        for part in pipe.components.values()
+        if isinstance(part, nn.Module)
+        for t in part.state_dict().values()
+    }
+    return sum(held.values())
+
+
 def load(source: str | Path, **kwargs: Any) -> DiffusionPipeline:
     """Load a pipeline; components have the dtype in which they were saved.
 
@@ -127,7 +149,7 @@ def load(source: str | Path, **kwargs: Any) -> DiffusionPipeline:
     folder = Path(source)
     recover(folder.absolute())
     if not (folder / MANIFEST).is_file():
-        if (folder / "model_index.json").is_file():
+        if folder.exists():
             _check_foreign(folder)
         return DiffusionPipeline.from_pretrained(str(source), **kwargs)
     manifest = verify(folder)
@@ -291,20 +313,8 @@ def recover(target: Path) -> None:
         for left in target.parent.glob(f".{target.name}.{kind}-*"):
             if kind == "old" and not target.exists():
                 left.rename(target)  # whatever its number says: another process may have it now
-            elif not _alive(left.name.rpartition("-")[2]):
+            elif not alive(left.name.rpartition("-")[2]):
                 shutil.rmtree(left, ignore_errors=True)
-
-
-def _alive(pid: str) -> bool:
-    if not pid.isdigit():
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def _check_ours(target: Path) -> None:
@@ -323,14 +333,28 @@ def _check_ours(target: Path) -> None:
 
 
 def _check_foreign(folder: Path) -> None:
+    """Complain of a folder that plain diffusers could only fail on, or load wrongly."""
+    import diffusers
+
+    if not (folder / "model_index.json").is_file():
+        raise StoreError(f"{folder}: has no model_index.json; expected the folder of a pipeline")
     index = slimmed.read_json(folder / "model_index.json")
+    kind = index.get("_class_name")
+    if isinstance(kind, str) and getattr(diffusers, kind, None) is None:
+        raise StoreError(
+            f"{folder}: {kind!r} is no pipeline of diffusers {diffusers.__version__}; the folder "
+            "needs another version of it, or its own code"
+        )
     for name, value in index.items():
-        ours = isinstance(value, list) and value and value[0] == "effuse.bridge.saved"
-        if ours and str(value[1]).startswith(slimmed.PREFIX):
+        if name.startswith("_") or not isinstance(value, list) or not all(value[:2]):
+            continue
+        if value[0] == "effuse.bridge.saved" and str(value[1]).startswith(slimmed.PREFIX):
             raise StoreError(
                 f"{folder}: {MANIFEST} is missing although {name} was saved by effuse; copy "
                 "the folder again, or load it with DiffusionPipeline.from_pretrained"
             )
+        if not (folder / name).is_dir():
+            raise StoreError(f"{folder}: {name} ({value[1]}) is missing; copy the folder again")
 
 
 def _flush(folder: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effuse.core.files import write_whole
 from effuse.house import data, real, store
 from effuse.house.examples import prompts
 
@@ -278,11 +278,9 @@ def main() -> None:
         for s in data.SOURCES
     ]
     card["parameters"], card["files"] = parameters(), files()
-    draft = file.with_suffix(".draft")
-    draft.write_text(json.dumps(card, indent=1) + "\n")
-    os.replace(draft, file)
+    write_whole(file, json.dumps(card, indent=1) + "\n")
     if "figures" in card and "training" in card:
-        (Path(__file__).parent / "README.md").write_text(page(card))
+        write_whole(Path(__file__).parent / "README.md", page(card))
 
 
 if __name__ == "__main__":

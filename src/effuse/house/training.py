@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effuse.core.contracts import Objective
+from effuse.core.files import claimed, write_whole
 from effuse.core.training import fit
 from effuse.house import data, models, objectives, store
 from effuse.house.optimizer import MatrixAdam, groups
@@ -86,8 +87,7 @@ def train(
         if value is not None and value <= 0:
             raise ValueError(f"{word}={value}: expected a positive number")
     folder = Path(out) if out else data.cache_folder() / "house" / "train" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    with torch.random.fork_rng(devices=[]):
+    with claimed(folder), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         job = jobs[name](folder, pictures or data.pictures(), batch)
         if minutes is None and steps is None:
@@ -124,7 +124,7 @@ def _run(
     def on_step(step: int, losses: Mapping[str, Any]) -> bool:
         job.clock["share"] = elapsed() / total if minutes else step / (steps or 1)
         if minutes and step % 50 == 0:
-            _write(clock_file, json.dumps({"seconds": elapsed()}))
+            write_whole(clock_file, json.dumps({"seconds": elapsed()}))
         return False
 
     done = fit(
@@ -146,12 +146,6 @@ def _run(
         done.ema.copy_to()
     job.objective.eval()
     job.finish(folder)
-
-
-def _write(file: Path, text: str) -> None:
-    draft = file.with_suffix(".draft")
-    draft.write_text(text)
-    os.replace(draft, file)
 
 
 def save(model: Any, folder: Path) -> None:
@@ -402,7 +396,7 @@ def _emoji_dit(folder: Path, pictures: data.Pictures, batch: int | None) -> Job:
     def finish(where: Path) -> None:
         plain(where)
         names = dict(enumerate(pictures.subgroups))
-        _write(where / "emoji-dit" / "classes.json", json.dumps(names, indent=0) + "\n")
+        write_whole(where / "emoji-dit" / "classes.json", json.dumps(names, indent=0) + "\n")
 
     job.finish = finish
     return job

@@ -63,13 +63,22 @@ def grid(pictures: Tensor, columns: int, gap: int = 2) -> Tensor:
     return F.pad(sheet.reshape(c, rows * (h + gap), columns * (w + gap)), (0, gap, 0, gap), value=1)
 
 
-def save_grid(pictures: Tensor, file: str | Path, columns: int) -> Path:
-    """Write pictures: (B, C, H, W) in [0, 1] into one image file, whole or not at all."""
+def picture_file(file: str | Path) -> Path:
+    """Return the path of an image file to be written, its folder made; or complain in time."""
     file = Path(file)
     if file.suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
         raise ValueError(f"{file.name}: expected a name ending in .png, .webp or .jpg")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{file.parent}: cannot be written: {error.strerror}") from error
+    return file
+
+
+def save_grid(pictures: Tensor, file: str | Path, columns: int) -> Path:
+    """Write pictures: (B, C, H, W) in [0, 1] into one image file, whole or not at all."""
+    file = picture_file(file)
     draft = file.with_name(f".{file.stem}.draft{file.suffix}")
-    file.parent.mkdir(parents=True, exist_ok=True)
     try:
         to_image(grid(pictures, columns)).save(draft)
         os.replace(draft, file)

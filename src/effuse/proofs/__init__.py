@@ -11,7 +11,6 @@ import datetime
 import importlib
 import json
 import math
-import os
 import pkgutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from effuse.core.errors import check_choice
+from effuse.core.files import write_whole
 from effuse.core.machine import machine, versions
 
 T = TypeVar("T")
@@ -147,9 +147,7 @@ def write(evidence: Evidence, folder: Path) -> Path:
     """Write the evidence into `folder`, whole or not at all; not-a-numbers become null."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{evidence.method}.json"
-    draft = file.with_suffix(".draft")
-    draft.write_text(json.dumps(_plain(evidence.to_dict()), indent=1) + "\n")
-    os.replace(draft, file)
+    write_whole(file, json.dumps(_plain(evidence.to_dict()), indent=1) + "\n")
     return file
 
 

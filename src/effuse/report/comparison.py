@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from effuse.core.contracts import Metric
+from effuse.core.files import claimed, write_whole
 from effuse.core.machine import machine, versions
 from effuse.evaluate import cost, quality
 from effuse.ops.stats import bootstrap
@@ -47,10 +47,19 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """The pipeline as it stood after one step of a recipe, and what was found of it then."""
+
+    name: str
+    result: Result
+
+
+@dataclass(frozen=True)
 class Comparison:
     """All that was found, raw; the first pipeline is what the others are compared with.
 
     pictures: (N, 3, H, W) by name, not in the json. labels, seeds: of each picture.
+    stages: the pipeline after each step of the recipe, in order; the last is the last result.
     """
 
     results: Mapping[str, Result]
@@ -61,6 +70,7 @@ class Comparison:
     recipe: str = ""
     command: str = ""
     reports: Sequence[Mapping[str, Any]] = ()
+    stages: Sequence[Stage] = ()
     notes: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     machine: Mapping[str, Any] = field(default_factory=dict)
@@ -78,15 +88,8 @@ class Comparison:
         return _plain(
             {
                 "format": 1,
-                "pipelines": {
-                    name: {
-                        "settings": r.settings,
-                        "cost": asdict(r.cost),
-                        "scores": {k: asdict(s) for k, s in r.scores.items()},
-                        "kept": r.kept and asdict(r.kept),
-                    }
-                    for name, r in self.results.items()
-                },
+                "pipelines": {name: _raw(r) for name, r in self.results.items()},
+                "stages": [{"name": s.name, **_raw(s.result)} for s in self.stages],
                 **{
                     k: getattr(self, k)
                     for k in ("labels", "seeds", "level", "recipe", "command", "reports")
@@ -138,6 +141,15 @@ class Comparison:
         ]
 
 
+def _raw(result: Result) -> dict[str, Any]:
+    return {
+        "settings": result.settings,
+        "cost": asdict(result.cost),
+        "scores": {k: asdict(s) for k, s in result.scores.items()},
+        "kept": result.kept and asdict(result.kept),
+    }
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
@@ -185,6 +197,7 @@ def compare(
     recipe: str = "",
     command: str = "",
     reports: Sequence[Mapping[str, Any]] = (),
+    stages: Iterable[tuple[str, Any]] = (),
     progress: bool = True,
 ) -> Comparison:
     """Compare pipelines on the same prompts and seeds, on this machine, and write the page.
@@ -211,6 +224,8 @@ def compare(
         recipe: its text, for the page.
         command: how to run this again, for the page.
         reports: what each step of the recipe says it did.
+        stages: (step, entry) as the pipeline stood after each step of the recipe, the last step
+            first; taken one at a time, so that all may be one pipeline that is being taken apart.
         progress: show a bar.
 
     Returns:
@@ -225,7 +240,7 @@ def compare(
         raise ValueError("nothing to compare: expected one pipeline or more")
     if pictures < 2:
         raise ValueError(f"pictures={pictures}: expected two or more, intervals need them")
-    target = None if out is None else _ready(Path(out))
+    target = None if out is None else ready(out)
     opened_ = {n: opened(e) for n, e in entries.items()}
     first = next(iter(opened_.values()))
     at_home = _of_the_house(first.pipe)
@@ -269,6 +284,23 @@ def compare(
     results = {
         n: Result(_settings(e), costs[n], scores[n][0], scores[n][1]) for n, e in listed.items()
     }
+
+    def taken_apart() -> Iterator[Stage]:
+        start = next(iter(drawn.items()))
+        for step, source in stages:
+            e = opened(source)
+            e = replace(
+                e, steps=e.steps or steps or STEPS, guidance=_guidance(e, guidance, at_home)
+            )
+            with _Bar(pictures, progress) as tick:
+                made = draw_some(e, asked, seeds, batch=batch, progress=partial(tick, step))
+            spent = cost.measure(
+                {step: e.pipe}, {step: _one(e, asked[0], seed)}, rounds=min(rounds, 3), level=level
+            )
+            judged = _judged({start[0]: start[1], "": made}, texts, judges, level)[""]
+            yield Stage(step, Result(_settings(e), spent[step], *judged))
+
+    apart = list(taken_apart())[::-1]
     comparison = Comparison(
         results=results,
         pictures=drawn,
@@ -278,6 +310,7 @@ def compare(
         recipe=recipe.strip(),
         command=command,
         reports=list(reports),
+        stages=apart,
         notes=judges.notes,
         versions=versions(),
         machine=machine(),
@@ -495,20 +528,13 @@ class _Bar:
         self.progress.stop()
 
 
-def _ready(folder: Path) -> Path:
-    """Return the folder, made if need be, or complain before anything is drawn."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: expected a folder for the report")
+def ready(out: str | Path) -> Path:
+    """Return the folder for a report, or complain before anything is drawn."""
+    folder = Path(out)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / RAW).is_file():
         raise ValueError(f"{folder} holds other things: expected a new or empty folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".effuse.draft"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be written: {error.strerror}") from error
-    return folder
+    with claimed(folder):
+        return folder
 
 
 def _write(comparison: Comparison, folder: Path, shown: int) -> None:
@@ -516,12 +542,6 @@ def _write(comparison: Comparison, folder: Path, shown: int) -> None:
 
     summary = json.dumps(comparison.summary(), indent=1, allow_nan=False) + "\n"
     files = {RAW: comparison.to_json(), SUMMARY: summary, PAGE: render(comparison, shown)}
-    drafts = {name: folder / f".{name}.draft" for name in files}
-    try:
-        for name, text in files.items():
-            drafts[name].write_text(text, encoding="utf-8")
-        for name, draft in drafts.items():
-            os.replace(draft, folder / name)
-    finally:
-        for draft in drafts.values():
-            draft.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        write_whole(folder / name, text)

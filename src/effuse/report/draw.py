@@ -189,7 +189,7 @@ def draw(
     if count < 1:
         raise ValueError(f"count={count}: expected a positive integer")
     entry = Entry(pipe, steps, guidance)
-    some = checked(pipe, prompts) if prompts else usual(pipe)[:4]
+    some = usual(pipe)[:4] if prompts is None else checked(pipe, prompts)
     return draw_some(
         entry, [c for c in some for _ in range(count)], [seed + i for i in range(count)] * len(some)
     )

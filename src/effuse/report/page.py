@@ -175,6 +175,60 @@ def table(found: Comparison) -> list[Row]:
     return rows
 
 
+_STEPS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("macs_per_image", "MACs per picture", lambda v: scaled(v, "")),
+    ("network_calls", "calls", str),
+    ("parameters", "parameters", lambda v: scaled(v, "")),
+    ("bytes_in_memory", "weights in memory", lambda v: scaled(v, "B")),
+    ("processor_seconds", "processor time", duration),
+)
+
+
+def ablation(found: Comparison) -> tuple[list[str], list[tuple[str, list[Cell]]]]:
+    """Return the heads and the rows of the table of steps: each held against the one before."""
+    if not found.stages:
+        return [], []
+    results = list(found.results.items())
+    rows = [(results[0][0], results[0][1]), *((s.name, s.result) for s in found.stages)]
+    known = [row for row in _SCORES if any(row[0] in s.result.scores for s in found.stages)]
+    heads = [label for _, label, _ in _STEPS]
+    kept = any(s.result.kept for s in found.stages)
+    heads += ["text-image score kept"] if kept else []
+    heads += [label for key, label, _, _ in known if key in ("frechet", "psnr")]
+    out: list[tuple[str, list[Cell]]] = []
+    before: Result | None = None
+    for name, r in rows:
+        cells = []
+        for key, _, show in _STEPS:
+            value, relative, tone = getattr(r.cost, key), "", ""
+            last = getattr(before.cost, key) if before is not None else 0
+            if last and value != last:
+                change = figures(100 * (value / last - 1), 2)
+                relative = f"{'' if value < last else '+'}{change}%"
+                tone = "good" if value < last else "bad"
+            cells.append(Cell(show(value), "", relative, tone))
+        if kept:
+            share = r.kept
+            cells.append(
+                Cell(f"{share.value:.1%}", _percents(share)) if share else Cell("100%", "")
+            )
+        for key, _, _, unit in known:
+            if key in ("frechet", "psnr"):
+                score = r.scores.get(key)
+                cells.append(
+                    Cell(figures(score.value) + unit, between(*score.interval))
+                    if score
+                    else Cell("–")
+                )
+        out.append((name if before is None else f"+ {name}", cells))
+        before = r
+    return heads, out
+
+
+def _percents(score: Score) -> str:
+    return between(*score.interval, lambda v: f"{v:.1%}")
+
+
 def _threads(result: Result) -> str:
     n = result.cost.threads
     where = "" if result.cost.device == "cpu" else f" on {result.cost.device}"
@@ -494,6 +548,7 @@ def render(found: Comparison, shown: int = 12) -> str:
         found=found,
         count=len(found.labels),
         reports=_reports(found),
+        steps=ablation(found),
         level=f"{found.level:.0%}",
         uncounted=uncounted,
     )

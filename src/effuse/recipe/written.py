@@ -1,36 +1,30 @@
-"""A recipe: an ordered list of methods, applied to a pipeline, undone, saved.
+"""A recipe as a value and as a file: read strictly, written back exactly.
 
 The one place where a name becomes a class. In a file:
 
-Methods:
-      - laptop_diff: {keep: 0.75}
-      - int8: {}
-      - momentum: {order: 2, beta: 0.8, steps: 12}
+    methods: [laptop_diff: {keep: 0.75}, int8, momentum: {order: 2, beta: 0.8, steps: 12}]
     calibration: {prompts: 16, steps: 10}
     healing: {steps: 200}
 
 A field that takes an object is written as the class and its fields: `keys: {Every: {period: 2}}`.
-A second class of a method is written with a dot: `momentum.GHVB: {order: 2.7}`.
+A second class of a method is written with a dot: `momentum.GHVB: {order: 2.7}`. A transform goes
+on the denoising network unless it says otherwise: `int8: {component: text_encoder}`.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from effuse.core.contracts import Applied, Objective, Solver, Transform
+from effuse.core.contracts import Solver, Transform
 from effuse.core.errors import RecipeError
 from effuse.core.fields import build, defaults_of, dump_fields, names_of, nearest
 from effuse.core.method import methods
 from effuse.processes import grids
 from effuse.processes.grids import Grid
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-    from torch import nn
 
 ORDER = ("prune", "factorize", "rewire", "quantize", "cache", "sample")
 """In which order kinds may stand: what changes shapes first, what runs per step last."""
@@ -55,7 +49,26 @@ class Sampler:
             raise RecipeError(f"steps={self.steps}: expected a positive integer")
 
 
-Item = Transform | Sampler
+@dataclass(frozen=True)
+class On:
+    """A transform on another component than the denoising network: `On("text_encoder", Int8())`.
+
+    What is calibrated or healed learns from calls of the denoising network, so it cannot go here.
+    """
+
+    component: str
+    transform: Transform
+
+    def __post_init__(self) -> None:
+        """Check that the transform can do without calls."""
+        if self.transform.calibrated or self.transform.kind in ("prune", "rewire", "cache"):
+            raise RecipeError(
+                f"component={self.component!r}: {type(self.transform).__name__} is made for the "
+                "denoising network; leave `component` out"
+            )
+
+
+Item = Transform | Sampler | On
 
 
 @dataclass(frozen=True)
@@ -110,7 +123,7 @@ class Recipe:
     @property
     def transforms(self) -> tuple[Transform, ...]:
         """The items that change the network."""
-        return tuple(i for i in self.items if isinstance(i, Transform))
+        return tuple(t for t in map(transform_of, self.items) if t is not None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that `parse` reads back into an equal recipe."""
@@ -130,13 +143,28 @@ class Recipe:
 
 def kind_of(item: Item) -> str:
     """Return the kind of an item, one of `ORDER`."""
-    return "sample" if isinstance(item, Sampler) else item.kind
+    transform = transform_of(item)
+    return "sample" if transform is None else transform.kind
+
+
+def transform_of(item: Item) -> Transform | None:
+    """Return the transform of an item, if it is one."""
+    if isinstance(item, On):
+        return item.transform
+    return item if isinstance(item, Transform) else None
+
+
+def label_of(item: Item) -> str:
+    """Return the name of an item's method, with the component where it is not the usual one."""
+    if isinstance(item, On):
+        return f"{name_of(type(item.transform))} on {item.component}"
+    return name_of(type(item.solver if isinstance(item, Sampler) else item))
 
 
 def check_order(items: Sequence[Item]) -> None:
     """Raise `RecipeError` if a kind stands after one it must precede, or two items sample."""
     for item in items:
-        if not isinstance(item, (Transform, Sampler)):
+        if not isinstance(item, (Transform, Sampler, On)):
             raise RecipeError(
                 f"{item!r}: expected a Transform or a Sampler(solver, steps=...); a bare solver "
                 "needs its steps"
@@ -152,8 +180,15 @@ def check_order(items: Sequence[Item]) -> None:
         raise RecipeError("two solvers: expected at most one")
 
 
+def shipped() -> dict[str, str]:
+    """Return the recipes that come with the package: the text of each by its name."""
+    folder = files("effuse.recipe").joinpath("shipped")
+    found = {f.name.removesuffix(".yaml"): f for f in folder.iterdir() if f.name.endswith(".yaml")}
+    return {name: found[name].read_text(encoding="utf-8") for name in sorted(found)}
+
+
 def parse(source: str | Path | Mapping[str, Any] | Iterable[Item] | Recipe) -> Recipe:
-    """Read a recipe from a YAML file, its text as a mapping, or a list of objects.
+    """Read a recipe: a shipped name, a YAML file, its contents, or a list of objects.
 
     Raises:
         RecipeError: an unknown method, class or field (the nearest name is given), a bad value, or
@@ -162,7 +197,7 @@ def parse(source: str | Path | Mapping[str, Any] | Iterable[Item] | Recipe) -> R
     if isinstance(source, Recipe):
         return source
     if isinstance(source, (str, Path)):
-        source = _read(Path(source))
+        source = _read(source)
     if not isinstance(source, Mapping):
         items = tuple(Sampler(i) if isinstance(i, Solver) else i for i in source)
         return Recipe(items)
@@ -181,17 +216,26 @@ def parse(source: str | Path | Mapping[str, Any] | Iterable[Item] | Recipe) -> R
     return Recipe(items, **parts)
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _read(source: str | Path) -> Mapping[str, Any]:
     import yaml
 
-    if not path.is_file():
-        raise RecipeError(f"{path}: no such recipe file")
+    path = Path(source)
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+    elif str(source) in shipped():
+        text = shipped()[str(source)]
+    else:
+        known = ", ".join(shipped())
+        raise RecipeError(
+            f"{source}: no such recipe file, nor a shipped recipe ({known})"
+            f"{nearest(str(source), shipped())}"
+        )
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not YAML: {error}") from error
+        raise RecipeError(f"{source}: not YAML: {error}") from error
     if not isinstance(data, Mapping):
-        raise RecipeError(f"{path}: expected a mapping with `methods`, got {type(data).__name__}")
+        raise RecipeError(f"{source}: expected a mapping with `methods`, got {type(data).__name__}")
     return data
 
 
@@ -204,7 +248,9 @@ def _item(entry: Any, place: str) -> Item:
     cls = class_of(name, place)
     fields = dict(fields or {})
     if issubclass(cls, Transform):
-        return _made(cls, fields, f"{place}.{name}")
+        component = fields.pop("component", None)
+        made = _made(cls, fields, f"{place}.{name}")
+        return made if component is None else On(str(component), made)
     outer = {n: fields.pop(n) for n in ("steps", "grid", "guidance") if n in fields}
     outer["solver"] = _made(cls, fields, f"{place}.{name}")
     return _made(Sampler, outer, f"{place}.{name}", grids)
@@ -247,8 +293,10 @@ def _changed(value: Any) -> dict[str, Any]:
 
 
 def _dump_item(item: Item) -> dict[str, Any]:
-    value = item.solver if isinstance(item, Sampler) else item
+    value = item.solver if isinstance(item, Sampler) else transform_of(item)
     fields = _changed(value)
+    if isinstance(item, On):
+        fields["component"] = item.component
     if isinstance(item, Sampler):
         rest = _changed(item)
         rest.pop("solver", None)
@@ -265,65 +313,6 @@ def name_of(cls: type) -> str:
     raise RecipeError(f"{cls.__name__} has no card: decorate it with @method")
 
 
-@dataclass
-class Slim:
-    """A pipeline with a recipe on it; the pipeline stays a diffusers pipeline.
-
-    pipe: changed in place. before: the pipeline as it was, sharing all untouched parts; None if
-    it was not kept. applied: (component, handle) in the order of application; noted: their reports.
-    """
-
-    pipe: DiffusionPipeline
-    recipe: Recipe
-    applied: list[tuple[str, Applied]]
-    before: DiffusionPipeline | None
-    scheduler: Any
-    noted: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """How the recipe wants the pipeline called: steps and guidance, where it says so."""
-        return call_settings(self.recipe)
-
-    def reports(self) -> list[dict[str, Any]]:
-        """Return what each transform said it did, in numbers, when it had been put on."""
-        return list(self.noted)
-
-    def undo(self) -> DiffusionPipeline:
-        """Take everything off again, last first: the original back, bit for bit."""
-        for _, handle in reversed(self.applied):
-            handle.detach()
-        self.applied, self.noted = [], []
-        self.pipe.register_modules(scheduler=self.scheduler)
-        return self.pipe
-
-    def save(self, folder: str | Path) -> Path:
-        """Write the pipeline, whole or not at all; `effuse.load(folder)` brings it back."""
-        from effuse.bridge import store
-
-        return store.save(
-            self.pipe, folder, self.applied, extra={"recipe.yaml": self.recipe.to_yaml()}
-        )
-
-    def report(self, out: str | Path, **settings: Any) -> Any:
-        """Measure before and after on the same prompts and seeds and write the page to `out`."""
-        from effuse.report import Entry, compare
-
-        if self.before is None:
-            raise ValueError("the original was not kept: slim(..., keep_original=True)")
-        entries = {
-            "before": Entry(self.before),
-            "after": Entry(
-                self.pipe,
-                steps=self.settings.get("num_inference_steps"),
-                guidance=self.settings.get("guidance_scale"),
-            ),
-        }
-        return compare(
-            entries, out=out, recipe=self.recipe.to_yaml(), reports=self.reports(), **settings
-        )
-
-
 def call_settings(recipe: Recipe) -> dict[str, Any]:
     """Return the pipeline arguments a recipe asks for."""
     sampler = recipe.sampler
@@ -333,138 +322,3 @@ def call_settings(recipe: Recipe) -> dict[str, Any]:
     if sampler and sampler.guidance is not None:
         out["guidance_scale"] = sampler.guidance
     return out
-
-
-def network_name(pipe: DiffusionPipeline) -> str:
-    """Return the name of the denoising network's component: "unet" or "transformer"."""
-    for name in ("unet", "transformer"):
-        if getattr(pipe, name, None) is not None:
-            return name
-    raise TypeError(
-        f"{type(pipe).__name__} has neither a unet nor a transformer: expected a classic pipeline"
-    )
-
-
-def load(source: str | Path, **kwargs: Any) -> DiffusionPipeline:
-    """Load a pipeline: `house:NAME`, a folder saved by effuse, a diffusers folder or a hub id.
-
-    Further arguments go to `DiffusionPipeline.from_pretrained`.
-    """
-    name = str(source)
-    if name.startswith("house:"):
-        from effuse import house
-
-        return house.load(name.removeprefix("house:"), **kwargs)
-    from effuse.bridge import store
-
-    return store.load(source, **kwargs)
-
-
-def slim(
-    pipe: DiffusionPipeline | str | Path,
-    recipe: str | Path | Mapping[str, Any] | Iterable[Item] | Recipe,
-    *,
-    keep_original: bool = True,
-    progress: bool = True,
-) -> Slim:
-    """Apply a recipe to a pipeline, in place.
-
-    Args:
-        pipe: a diffusers pipeline, or what `load` takes.
-        recipe: what `parse` takes: a file, a mapping, or a list of transforms and samplers.
-        keep_original: keep a copy of the network, to compare with and to heal from.
-        progress: show progress bars.
-
-    Returns:
-        The pipeline with its handles; `save`, `report` or `undo` it.
-
-    Raises:
-        RecipeError: the recipe is wrong; nothing has been touched.
-    """
-    plan = parse(recipe)
-    if isinstance(pipe, (str, Path)):
-        pipe = load(pipe)
-    part = network_name(pipe)
-    network: nn.Module = getattr(pipe, part)
-    needs_teacher = plan.healing.steps > 0 and any(t.calibrated for t in plan.transforms)
-    original = copy.deepcopy(network) if keep_original or needs_teacher else None
-    out = Slim(pipe, plan, [], None, pipe.scheduler)
-    if keep_original:
-        out.before = type(pipe)(**{**_parts(pipe), part: original})
-    drawn: list[dict[str, Any]] = []
-
-    def batches() -> list[dict[str, Any]]:
-        if not drawn:
-            drawn.extend(_batches(out.before or pipe, plan))
-        return drawn
-
-    try:
-        for item in plan.items:
-            if isinstance(item, Sampler):
-                _set_scheduler(pipe, item)
-                continue
-            handle = item.attach(getattr(pipe, part))
-            out.applied.append((part, handle))
-            if item.calibrated:
-                handle.observe([b["call"] for b in batches()[: plan.calibration.calls]])
-            if plan.healing.steps and original is not None:
-                objective = handle.objective(original)
-                if objective is not None:
-                    heal(objective, batches(), plan.healing, progress=progress)
-            out.noted.append({"method": name_of(type(item)), "component": part, **handle.report()})
-    except BaseException:
-        out.undo()
-        raise
-    return out
-
-
-def _parts(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """Return the constructor arguments that make a second pipeline of the same parts."""
-    return {
-        n: getattr(pipe, n) for n in pipe._get_signature_keys(type(pipe))[0] if n in pipe.config
-    } | {n: v for n, v in pipe.config.items() if n in pipe._get_signature_keys(type(pipe))[1]}
-
-
-def _set_scheduler(pipe: DiffusionPipeline, item: Sampler) -> None:
-    from effuse.bridge.scheduler import scheduler
-
-    pipe.register_modules(scheduler=scheduler(item.solver, pipe.scheduler, grid=item.grid))
-
-
-def _batches(pipe: DiffusionPipeline, plan: Recipe) -> list[dict[str, Any]]:
-    """Return network calls with their targets: those to observe first, more to heal on."""
-    from effuse.compress.calibrate import uniform_calls
-
-    how = plan.calibration
-    return uniform_calls(
-        pipe,
-        how.prompts,
-        count=max(how.calls, min(plan.healing.steps, 512)),
-        batch=how.batch,
-        steps=how.steps,
-        seed=how.seed,
-    )
-
-
-def heal(
-    objective: Objective, batches: Sequence[Any], how: Healing, *, progress: bool = True
-) -> None:
-    """Train a pruned network on the original's answers to recorded calls."""
-    import torch
-
-    from effuse.core.training import fit, warmup_cosine
-
-    (player,) = objective.players
-    done = fit(
-        objective,
-        batches,
-        torch.optim.AdamW(objective.parameters_of(player), lr=how.lr, weight_decay=0.0),
-        steps=how.steps,
-        rng=torch.Generator().manual_seed(how.seed),
-        schedule=warmup_cosine(),
-        ema=how.ema,
-        progress=progress,
-    )
-    if done.ema is not None:
-        done.ema.copy_to()
-    objective.eval()
