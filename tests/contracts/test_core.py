@@ -267,6 +267,9 @@ class Regression(Objective):
         return Loss(term, {"square": term})
 
 
+PLAYERS = Regression.players
+
+
 def batches(rng):
     x = torch.randn(16, 3, generator=rng)
     return {"x": x, "y": x.sum(1, keepdim=True)}
@@ -294,6 +297,17 @@ def run(folder=None, *, steps=60, stop=None, broken_at=None, data=batches):
 
 
 class TestFit:
+    @pytest.mark.parametrize("order", [("no", "bf16", "no"), ("bf16", "no", "bf16")])
+    def test_every_run_has_its_own_precision(self, order):
+        types = {"no": torch.float32, "bf16": torch.bfloat16}
+        for precision in order:
+            objective, seen = Regression(), []
+            objective.student.register_forward_hook(lambda m, a, out, s=seen: s.append(out.dtype))
+            optimizers = {p: torch.optim.SGD(objective.parameters_of(p), 1e-2) for p in PLAYERS}
+            fit(objective, batches, optimizers, steps=1, precision=precision, progress=False)
+            assert set(seen) == {types[precision]}
+            assert all(p.dtype == torch.float32 for p in objective.parameters())
+
     def test_learns(self):
         _, done = run(steps=200)
         assert done.history[-1]["student.loss"] < 0.3 * done.history[0]["student.loss"]
