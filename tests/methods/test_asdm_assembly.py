@@ -35,8 +35,9 @@ from effuse.compress.rewire.asdm_assembly import (
     Uniform,
     Units,
     assemble,
-    incubate,
 )
+from effuse.compress.rewire.choose import choose, schedules
+from effuse.compress.rewire.incubation import incubate
 from effuse.compress.rewire.stages import even_plan, stage_sizes, taps
 from effuse.compress.rewire.switched import AtSteps, BelowTimesteps, Interleaved, Switched
 from effuse.core.training import fit
@@ -67,6 +68,7 @@ def deep_unet_cond(**kwargs):
     )
 
 
+CUT = {"down_blocks.1": (0,), "up_blocks.1": (0, 2)}
 MODELS = {
     "unet": tiny_unet(),
     "unet_cond": deep_unet_cond(),
@@ -406,7 +408,9 @@ def test_other_transformers_of_diffusers(make, level):
     model = pipe.transformer
     calls = []
     hook = model.register_forward_pre_hook(lambda m, a, k: calls.append((a, k)), with_kwargs=True)
-    pipe("abc", num_inference_steps=3, output_type="latent", generator=torch.manual_seed(0))
+    size = {"height": 16, "width": 16}
+    rng = torch.manual_seed(0)
+    pipe("abc", num_inference_steps=3, output_type="latent", generator=rng, **size)
     hook.remove()
 
     def run():
@@ -553,6 +557,11 @@ def test_removed_units_and_inheritance_go_together(name, level):
         (lambda m: Inherit(Layers(), 3), TypeError, "Uniform"),
         (lambda m: Inherit(Blocks(99)).attach(m), ValueError, "expected 0 to 8"),
         (lambda m: Blocks(-1), ValueError, "at least 0"),
+        (lambda m: Assemble(experts="removed"), TypeError, "such as Removed"),
+        (lambda m: Assemble(kept={"down_blocks.0": 1}), TypeError, "layers by stage"),
+        (lambda m: Assemble(keep=1.5), ValueError, "keep=1.5"),
+        (lambda m: incubate(m, [], {"down_block.1": (0,)}), ValueError, "no stage 'down_block.1'"),
+        (lambda m: incubate(m, [], steps=-1), ValueError, "steps=-1"),
         (lambda m: Layers(store="delta"), ValueError, "'branch', 'output'"),
         (lambda m: Layers(deep=-1), ValueError, "resolutions"),
         (lambda m: Units(kinds=("attn3",)), ValueError, "'attn1'"),
@@ -697,6 +706,124 @@ def test_a_pipeline_with_a_switched_network_saves_and_loads(tmp_path):
     assert torch.equal(sample(again), want)
 
 
+@pytest.mark.bridge
+def test_transforms_on_the_networks_of_a_switch_are_saved_or_refused(tmp_path):
+    from diffusers import DiffusionPipeline
+
+    import effuse
+    from effuse.bridge import store
+    from effuse.core.errors import StoreError
+
+    pipe = tiny_sd(layers_per_block=2)
+    big, small = pipe.unet, copy.deepcopy(pipe.unet)
+    cut = Assemble(experts=Removed()).attach(small)
+    with torch.no_grad():
+        for module in small.modules():
+            if isinstance(module, CondConv2d):
+                wild(module)
+    slow = Inherit(Layers(), Uniform(2)).attach(small)
+    for named in ([], [slow]):
+        pipe.register_modules(unet=Switched([big, small], AtSteps((0, 2)), named))
+        with pytest.raises(StoreError, match=r"applied=|do not rebuild"):
+            pipe.save_pretrained(tmp_path / "no")
+    pipe.register_modules(unet=Switched([big, small], AtSteps((0, 2)), [cut, slow]))
+    want = sample(pipe)
+    pipe.save_pretrained(tmp_path / "one")
+    store.save(pipe, tmp_path / "two")
+    once = effuse.load(tmp_path / "two")
+    store.save(once, tmp_path / "three")  # what was loaded saves again without being told
+    again = [DiffusionPipeline.from_pretrained(tmp_path / "one"), once]
+    again += [effuse.load(tmp_path / "three")]
+    for other in again:
+        other.set_progress_bar_config(disable=True)
+        assert torch.equal(sample(other), want)
+        assert torch.equal(sample(other), want)
+    with pytest.raises(ValueError, match="none of the networks"):
+        Switched([big, big], AtSteps((0, 2)), [slow])
+
+
+@pytest.mark.bridge
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "format 2"),
+        ({"schedule": {"Interleave": {}}}, "did you mean 'Interleaved'"),
+        ({"schedule": {"Interleaved": {"evry": 2}}}, "did you mean 'every'"),
+        ({"schedule": {"Interleaved": {"every": 0}}}, "at least 1"),
+        ({"networks": None}, "expected the plan"),
+    ],
+)
+def test_a_damaged_switch_is_refused(change, message, tmp_path):
+    from effuse.core.errors import StoreError
+
+    big = tiny_unet()
+    Switched([big, big], Interleaved(2)).save_pretrained(tmp_path)
+    plan = json.loads((tmp_path / "switched.json").read_text())
+    (tmp_path / "switched.json").write_text(json.dumps(plan | change))
+    with pytest.raises(StoreError, match=message):
+        Switched.from_pretrained(tmp_path)
+    (tmp_path / "switched.json").write_text("{}")
+    with pytest.raises(StoreError, match="'format' is missing"):
+        Switched.from_pretrained(tmp_path)
+
+
+def test_all_schedules_with_few_switches_are_tried():
+    assert [(s.starts, s.then) for s in schedules(3, 2, 1)] == [
+        ((0,), (0,)),
+        ((0,), (1,)),
+        ((0, 1), (0, 1)),
+        ((0, 1), (1, 0)),
+        ((0, 2), (0, 1)),
+        ((0, 2), (1, 0)),
+    ]
+    found = list(schedules(8, 3, 3, every=2))  # sum over p of C(3, p) 3 2^p
+    assert len(found) == len(set(found)) == 3 * (1 + 3 * 2 + 3 * 4 + 8)
+    with pytest.raises(ValueError, match="at most 3"):
+        list(schedules(8, points=4))
+
+
+def test_the_closest_schedule_within_the_budget_is_chosen():
+    """Scalar networks eps = a x, so that each run is a product of factors known by hand."""
+
+    class Scalar(nn.Module):
+        def __init__(self, a, width):
+            super().__init__()
+            self.a = a
+            self.config = {"in_channels": 1}
+            self.work = nn.Linear(width, width)
+
+        def forward(self, sample, timestep):
+            self.work(torch.ones(1, self.work.in_features))
+            return self.a * sample
+
+    big, small = Scalar(0.5, 8), Scalar(0.25, 4)
+    x, weights = torch.ones(1, 1, dtype=torch.float64), (0.1, 0.9, 0.5, 0.2)
+
+    def run(model):
+        y = x
+        for t, w in zip((9, 7, 5, 3), weights, strict=True):
+            y = y - w * model(y, t)
+        return y
+
+    trials = choose([big, small], run, ((x, 9), {}), 4, budget=0.7, points=2)
+    want = {}
+    for s in schedules(4, 2, 2):
+        which = [s.pick(i, 0) for i in range(4)]
+        cost = sum((64, 16)[k] for k in which)
+        if cost <= 0.7 * 4 * 64:
+            end = math.prod(1 - w * (0.5, 0.25)[k] for w, k in zip(weights, which, strict=True))
+            full = math.prod(1 - 0.5 * w for w in weights)
+            want[s] = (end / full - 1) ** 2, cost
+    assert {t.schedule for t in trials} == set(want)
+    for t in trials:
+        error, cost = want[t.schedule]
+        assert t.error == pytest.approx(error, rel=1e-9)
+        assert t.macs == cost
+    assert trials[0].schedule == AtSteps((0, 1, 3), (1, 0, 1))  # true where the steps are large
+    with pytest.raises(ValueError, match=r"cheapest of 14 schedules costs 0\.25"):
+        choose([big, small], run, ((x, 9), {}), 4, budget=0.2, points=2)
+
+
 # ---- assembly
 
 
@@ -769,6 +896,12 @@ def test_a_plan_rebuilds_an_assembly(experts):
     assert (report["conditional_convolutions"] > 0) == (experts is not None)
 
 
+def test_only_shortened_stages_get_experts():
+    mixed = assemble(MODELS["unet_cond"], {"down_blocks.0": (0, 1), **CUT}, experts=Copies(2))
+    names = {n for n, m in mixed.named_modules() if isinstance(m, CondConv2d)}
+    assert {".".join(n.split(".")[:2]) for n in names} == set(CUT)
+
+
 @pytest.mark.parametrize("experts", [Removed(), Copies(3), Removed(router="softmax")])
 def test_experts_begin_as_the_kept_kernels(experts):
     plain, mixed = (assemble(MODELS["unet_cond"], 0.5, experts=e) for e in (None, experts))
@@ -802,6 +935,26 @@ def test_layers_that_do_not_fit_are_named(kept, message):
 def test_a_dit_keeps_the_block_whose_embedding_its_end_needs():
     with pytest.raises(ValueError, match="block 0"):
         assemble(MODELS["dit"], {"transformer_blocks": (1, 2)})
+
+
+@pytest.mark.parametrize(
+    ("make", "layers"),
+    [
+        (tiny_sd3, {"num_layers": 4}),
+        (tiny_sd3, {"num_layers": 4, "dual_attention_layers": (0, 1), "qk_norm": "rms_norm"}),
+        (tiny_flux, {"num_layers": 2, "num_single_layers": 4}),
+    ],
+)
+def test_two_streams_assemble_to_plain_networks(make, layers):
+    """SD3's last block gives no text, and some blocks are of another kind, by number."""
+    teacher = make(**layers).transformer
+    student = assemble(teacher, 0.5)
+    assert student.config.num_layers == teacher.config.num_layers // 2
+    plain = type(teacher).from_config(json.loads(json.dumps(dict(student.config))))
+    plain.load_state_dict(student.state_dict(), strict=True)
+    if make is tiny_sd3:
+        with pytest.raises(ValueError, match="block 3 to stay"):
+            assemble(teacher, {"transformer_blocks": (0, 1)})
 
 
 def test_one_number_of_layers_is_all_a_plain_unet_can_say():

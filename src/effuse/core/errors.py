@@ -46,3 +46,9 @@ def check_positive(name: str, value: float) -> None:
     """Raise `ValueError` unless `value` is finite and greater than zero."""
     if not (0 < value < float("inf")):
         raise ValueError(f"{name}={value!r}: expected a finite number above zero")
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Raise `ValueError` unless value is an int of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r}: expected a whole number, at least {least}")

@@ -25,8 +25,9 @@ from effuse.compress.rewire.asdm_assembly import (
     Uniform,
     Units,
     Window,
-    incubate,
 )
+from effuse.compress.rewire.choose import choose
+from effuse.compress.rewire.incubation import incubate
 from effuse.compress.rewire.switched import AtSteps, Interleaved, Switched
 from effuse.core import Denoiser, Solver, sample
 from effuse.core.training import fit, warmup_cosine
@@ -285,7 +286,10 @@ def _claim(statement: str, ours: Tensor, theirs: Tensor, falsifier: str) -> Clai
 def switching(
     study: Study, seeds: Sequence[int], steps: int, joint: int
 ) -> tuple[list[Claim], list[dict[str, Any]]]:
-    """Heal an assembled network for a moment, then switch between teacher and student."""
+    """Heal an assembled network for a moment, then switch between teacher and student.
+
+    The schedule of the second claim is chosen on noise of its own.
+    """
     full = {seed: study.run(seed) for seed in seeds}
     with recording(study.network) as calls:
         study.run(10_000)
@@ -303,13 +307,25 @@ def switching(
             small, log = incubate(teacher, draw, 0.5, steps=steps, joint=joint, progress=False)
     small.requires_grad_(False)
     costs = [_macs(study, model) for model in (study.network, small)]
-    half = study.steps // 2
+
+    def run(model: nn.Module) -> Tensor:
+        with _in_place_of(study, model):
+            return study.run(1000)
+
+    quarter, half = max(study.steps // 4, 1), study.steps // 2
+    trials = choose([study.network, small], run, study.call(), study.steps, every=quarter)
+    ends = {t.schedule.then: t for t in trials if len(t.schedule.then) == 1}
+    chosen = min(
+        (t for t in trials if len(t.schedule.then) > 1),
+        key=lambda t: t.error - _line(t.macs, ends[0,].macs, ends[1,].macs, ends[1,].error),
+    ).schedule
     variants: dict[str, Any] = {"large": AtSteps((0,), (0,))}
     for i in (3 * study.steps // 4, half, study.steps // 4):
         variants[f"large to step {i}, then small"] = AtSteps((0, i))
     variants[f"small to step {half}, then large"] = AtSteps((0, half), (1, 0))
     variants["in turn"] = Interleaved(2)
     variants["small"] = AtSteps((0,), (1,))
+    variants["chosen"] = chosen
     whole, rows, found = study.steps * costs[0], [], {}
     levels = list(range(study.steps, 0, -1))
     for name, schedule in variants.items():
@@ -322,10 +338,8 @@ def switching(
         tried = Tried(name, None, errors, macs, spent)
         rows.append(tried.row(study.name, whole, "switching"))
         found[name] = tried
-    small_one = found["small"]
-    middle = [t for n, t in found.items() if n not in ("large", "small")]
-    best = min(middle, key=lambda t: float(t.errors.mean()) - _line(t, whole, small_one))
-    line = _line(best, whole, small_one)
+    last, best = found["small"], found["chosen"]
+    line = _line(best.macs, whole, last.macs, float(last.errors.mean()))
     order = [t.macs for n, t in found.items() if n == "large" or "then small" in n or n == "small"]
     low, high = bootstrap(best.errors)
     claims = [
@@ -339,14 +353,14 @@ def switching(
             "cost does not fall",
         ),
         Claim(
-            f"{study.name}: switching ({best.what}) lies below the straight line between the "
+            f"{study.name}: switching ({chosen}) lies below the straight line between the "
             "large and the small network",
             line,
             float(best.errors.mean()),
             "relative squared error of the final latent",
             "lower",
             high < line,
-            "every schedule lies on or above the line",
+            "the chosen schedule lies on or above the line",
             (low, high),
         ),
     ]
@@ -390,10 +404,9 @@ def lightened(
     return small.eval(), [row]
 
 
-def _line(tried: Tried, whole: int, small: Tried) -> float:
-    """Return the error of the straight line from large (zero) to small at the same cost."""
-    share = (whole - tried.macs) / max(whole - small.macs, 1)
-    return share * float(small.errors.mean())
+def _line(macs: int, large: int, small: int, error: float) -> float:
+    """Return the error of the straight line from large (zero) to small at the cost `macs`."""
+    return error * (large - macs) / max(large - small, 1)
 
 
 def _macs(study: Study, model: nn.Module) -> int:

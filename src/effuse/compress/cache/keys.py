@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from effuse.core.errors import check_positive
+from effuse.core.errors import check_positive, check_whole
 
 
 class Rule(ABC):
@@ -67,7 +67,7 @@ class Uniform(Keys):
 
     def __post_init__(self) -> None:
         """Check the period."""
-        _whole("every", self.every, 1)
+        check_whole("every", self.every, 1)
 
     def key(self, step: int) -> bool:
         """See `Keys.key`."""
@@ -82,8 +82,8 @@ class _Dense(Keys):
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        _whole("steps", self.steps, 1)
-        _whole("count", self.count, 1)
+        check_whole("steps", self.steps, 1)
+        check_whole("count", self.count, 1)
         check_positive("power", self.power)
         if self.count > self.steps:
             raise ValueError(f"count={self.count}: expected at most steps={self.steps}")
@@ -146,8 +146,8 @@ class Window(Keys):
 
     def __post_init__(self) -> None:
         """Check the window."""
-        _whole("start", self.start, 1)
-        _whole("every", self.every, 0)
+        check_whole("start", self.start, 1)
+        check_whole("every", self.every, 0)
         if self.stop < self.start:
             raise ValueError(f"stop={self.stop}: expected at least start={self.start}")
 
@@ -169,7 +169,7 @@ class Explicit(Keys):
         steps = tuple(self.steps)
         object.__setattr__(self, "steps", steps)
         for step in steps:
-            _whole("steps", step, 0)
+            check_whole("steps", step, 0)
         if 0 not in steps:
             raise ValueError(
                 f"steps={steps}: expected 0 among them, the first step has nothing to inherit"
@@ -199,8 +199,3 @@ class Adaptive(Rule):
     def fresh(self, step: int, part: str, change: Callable[[], float]) -> bool:
         """See `Rule.fresh`."""
         return step == 0 or change() > self.tau
-
-
-def _whole(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r}: expected a whole number, at least {least}")

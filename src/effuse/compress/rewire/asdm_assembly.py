@@ -1,7 +1,8 @@
 """A-SDM, assembly and feature inheritance: a lighter denoiser with or without training.
 
 Without training, `Inherit` reuses features of earlier steps, and `Switched` runs another network at
-other steps. With training, `assemble` builds a lighter network from a teacher's parts.
+other steps. With training, `assemble` builds a lighter network from a teacher's parts, which
+`incubate` heals part by part.
 """
 
 from __future__ import annotations
@@ -31,10 +32,9 @@ from effuse.compress.cache.levels import Blocks, Group, Layers, Level, Named, Un
 from effuse.core.contracts import Applied, Objective, Transform, Where, everywhere
 from effuse.core.errors import check_choice, check_fraction
 from effuse.core.method import method
-from effuse.core.training import fit, warmup_cosine
 from effuse.nn.cond_conv import CondConv2d, Router
 
-from .stages import Kept, check_plan, cut, even_plan, groups, stage_sizes, taps, uncut
+from .stages import Kept, check_plan, cut, even_plan, stage_sizes, taps, uncut
 
 __all__ = [
     "Adaptive",
@@ -54,7 +54,6 @@ __all__ = [
     "Units",
     "Window",
     "assemble",
-    "incubate",
 ]
 
 PAPER = "Accelerating Stable Diffusion through Model Assembly and Feature Inheritance Strategies"
@@ -69,8 +68,9 @@ PAPER = "Accelerating Stable Diffusion through Model Assembly and Feature Inheri
     missing="Only the abstract was at hand: sampling modes, the router and the order of incubation "
     "are reconstructions. A stage of one layer cannot be shortened, its skip needs a taker. The "
     "router of an assembled network does not see the time embedding (CondConv2d alone can). "
-    "Switched saves with diffusers' save_pretrained and has no recipe entry. A broken-off run "
-    "followed by a lower start with equal conditions needs reset().",
+    "Switched has no recipe entry; transforms on its networks are saved when it is told of them. A "
+    "broken-off run followed by a lower start with equal conditions needs reset(). Windows that "
+    "change places from step to step inherit from each other.",
 )
 @dataclass(frozen=True)
 class Inherit(Transform):
@@ -239,8 +239,15 @@ class Assemble(Transform):
     def __post_init__(self) -> None:
         """Check the share."""
         check_fraction("keep", self.keep)
+        if self.experts is not None and not isinstance(self.experts, Experts):
+            raise TypeError(f"experts={self.experts!r}: expected an object, such as Removed()")
         if self.kept is not None:
-            rows = {k: tuple(v) for k, v in self.kept.items()}
+            try:
+                rows = {k: tuple(v) for k, v in self.kept.items()}
+            except (AttributeError, TypeError):
+                raise TypeError(
+                    f"kept={self.kept!r}: expected layers by stage, {{'down_blocks.0': (0,)}}"
+                ) from None
             object.__setattr__(self, "kept", rows)
 
     def choose(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -301,7 +308,8 @@ class Assembled(Applied):
             for name in [n for n, m in model.named_modules() if type(m) is nn.Conv2d]:
                 layer = name.rpartition(".")[2]
                 stage = ".".join(name.split(".")[:2])
-                if layer in ("conv1", "conv2") and ".resnets." in name and stage in kept:
+                shorter = stage in kept and len(kept[stage]) < self.sizes[stage]
+                if layer in ("conv1", "conv2") and ".resnets." in name and shorter:
                     conv = _conv(model, name)
                     convs = transform.experts.convs(conv, removed.get((stage, layer), ()))
                     if len(convs) > 1:
@@ -355,6 +363,9 @@ class Assembled(Applied):
 
     def finalize(self) -> None:
         """Let go of the dropped layers."""
+        if "mid_block" in self.model._modules and self.kept.get("mid_block") == ():
+            del self.model.mid_block  # as in a network that is built without one
+            self.model.mid_block = None  # type: ignore[assignment]
         self._old, self._weights, self.finalized = [], {}, True
 
 
@@ -382,88 +393,3 @@ def _removed_convs(model: Any, kept: Kept) -> dict[tuple[str, str], list[nn.Conv
                 if i not in layers and type(conv) is nn.Conv2d:
                     out.setdefault((stage, name), []).append(conv)
     return out
-
-
-# ---- incubation: distill part by part, then jointly
-
-
-def incubate(
-    teacher: nn.Module,
-    batches: Any,
-    kept: Kept | float = 0.5,
-    *,
-    steps: int = 200,
-    joint: int = 400,
-    lr: float = 2e-4,
-    experts: Experts | None = None,
-    rng: torch.Generator | None = None,
-    progress: bool = True,
-) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """Assemble a lighter network part by part, then tune it as a whole.
-
-    Each part (mirrored stages of a UNet, a row of transformer blocks) is cut out of the hybrid of
-    finished parts and teacher, and only that part is trained to give the teacher's features and
-    output; at the end everything learns together.
-
-    Args:
-        teacher: stays as it is.
-        batches: what `fit` takes: batches with `call`, and perhaps `target` for the task loss.
-        kept: the layers that stay, by stage, or a share.
-        steps: of training a part.
-        joint: steps of training the whole at the end.
-        lr: of AdamW, with warm-up and cosine decay in each phase.
-        experts: see `Assemble`; put in before the joint phase.
-        rng: draws batches.
-        progress: show a bar for each phase.
-
-    Returns:
-        The student, and a row for each phase: its stages, its first and its last loss.
-    """
-    from effuse.distill.features import NormalizedFeatureDistillation
-
-    student = copy.deepcopy(teacher)
-    plan = dict(kept) if isinstance(kept, Mapping) else even_plan(teacher, kept)
-    rng = rng if rng is not None else torch.Generator().manual_seed(0)
-    log: list[dict[str, Any]] = []
-
-    def learn(part: Kept, pairs: Sequence[tuple[str, str]], names: Sequence[str], n: int) -> None:
-        student.requires_grad_(False)
-        for name in names:
-            student.get_submodule(name).requires_grad_(True)
-        goal = NormalizedFeatureDistillation(teacher, student, pairs)
-        done = fit(
-            goal,
-            batches,
-            torch.optim.AdamW(goal.parameters_of("student"), lr=lr, weight_decay=0.0),
-            steps=n,
-            rng=rng,
-            schedule=warmup_cosine(),
-            log_every=max(n // 20, 1),
-            progress=progress,
-        )
-        first, last = done.history[0]["loss"], done.history[-1]["loss"]
-        log.append({"stages": list(part), "steps": n, "first": first, "last": last})
-
-    for part in groups(teacher, plan):
-        pairs, trained = _neighbors(student, part)
-        Assemble(kept=part, experts=experts).attach(student).finalize()
-        if steps:
-            learn(part, pairs, trained, steps)
-    if joint:
-        learn(plan, taps(stage_sizes(teacher), plan), [""], joint)
-    return student.eval().requires_grad_(True), log
-
-
-def _neighbors(model: nn.Module, part: Kept) -> tuple[list[tuple[str, str]], list[str]]:
-    """Return what to compare after `part` is cut out of `model`, and what may learn then."""
-    ((name, layers), *_) = part.items()
-    if name == "mid_block":
-        last = sum(n.startswith("down_blocks") for n in stage_sizes(model)) - 1
-        return [], [f"down_blocks.{last}", "up_blocks.0"]
-    if "_blocks." in name:
-        return [(n, n) for n in part], list(part)
-    missing = [i for i in range(stage_sizes(model)[name]) if i not in layers]
-    if missing[0] == 0:
-        return [], [f"{name}.0"]
-    before = f"{name}.{missing[0] - 1}"
-    return [(f"{name}.{missing[-1]}", before)], [before]

@@ -44,7 +44,8 @@ def even_plan(model: nn.Module, keep: float, middle: bool = True) -> dict[str, t
     """Keep the share `keep` of each stage, evenly spread and the first always among them.
 
     A decoder stage keeps as many as its encoder stage and its last layer, which takes the skip from
-    the stage above: half of two and three layers is BK-SDM's choice, (0,) and (0, 2).
+    the stage above: half of two and three layers is BK-SDM's choice, (0,) and (0, 2). A last block
+    that is made for its place (SD3's drops the text) stays as well.
     """
     sizes = stage_sizes(model)
     plan: dict[str, tuple[int, ...]] = {}
@@ -57,7 +58,13 @@ def even_plan(model: nn.Module, keep: float, middle: bool = True) -> dict[str, t
             plan[name] = (*_spread(size - 1, len(plan[f"down_blocks.{mirror}"])), size - 1)
         else:
             plan[name] = _spread(size, max(1, math.ceil(keep * size - 1e-9)))
+            if name in ROWS and _ends_there(getattr(model, name)):
+                plan[name] = (*plan[name][:-1], size - 1)
     return plan
+
+
+def _ends_there(row: Any) -> bool:
+    return bool(getattr(row[-1], "context_pre_only", False))
 
 
 def _spread(size: int, count: int) -> tuple[int, ...]:
@@ -135,6 +142,13 @@ def check_plan(model: Any, kept: Kept) -> None:
             raise ValueError(
                 f"{ROWS[0]}: expected block 0 to stay, the output layer takes its embedding"
             )
+        for name in ROWS:
+            if name in kept and _ends_there(getattr(model, name)):
+                last = sizes[name] - 1
+                if last not in kept[name]:
+                    raise ValueError(
+                        f"{name}: expected block {last} to stay, the only one that gives no text"
+                    )
         return
     _check_skips(model, {n: tuple(kept.get(n, range(size))) for n, size in sizes.items()})
 
@@ -193,7 +207,7 @@ def cut(model: Any, kept: Kept) -> list[tuple[Any, str, Any]]:
             if row is not None and len(layers) < len(row):
                 put(owner, rows, nn.ModuleList([row[i] for i in layers]))
     try:
-        counts = _counts(model)
+        counts = _counts(model) | _indices(model, kept)
         left = [n for n in model.config.get("_use_default_values", ()) if n not in counts]
         model.register_to_config(**counts, _use_default_values=left)
     except ValueError:
@@ -221,6 +235,14 @@ def _counts(model: Any) -> dict[str, Any]:
     if "mid_block" not in sizes:
         out["mid_block_type"] = None
     return out
+
+
+def _indices(model: Any, kept: Kept) -> dict[str, Any]:
+    """Return the config entries that name blocks by number, with the numbers they have now."""
+    dual = model.config.get("dual_attention_layers", None)
+    if not dual or ROWS[0] not in kept:
+        return {}
+    return {"dual_attention_layers": tuple(i for i, was in enumerate(kept[ROWS[0]]) if was in dual)}
 
 
 def uncut(old: list[tuple[Any, str, Any]]) -> None:

@@ -11,14 +11,16 @@ import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from effuse.compress.cache.clock import Clock, level_of
-from effuse.core.errors import StoreError
+from effuse.core.contracts import Applied
+from effuse.core.errors import StoreError, check_whole
+from effuse.core.fields import build, dump_fields, nearest
 
 
 class Schedule(ABC):
@@ -49,7 +51,11 @@ class AtSteps(Schedule):
 
     def __post_init__(self) -> None:
         """Check that the rows fit and begin at 0."""
+        for name in ("starts", "then"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         _rows(self.starts, self.then, "starts")
+        if min(self.then) < 0:
+            raise ValueError(f"then={self.then}: expected numbers of networks, from 0")
         if self.starts[0] != 0 or list(self.starts) != sorted(set(self.starts)):
             raise ValueError(f"starts={self.starts}: expected 0 first, then rising")
 
@@ -70,6 +76,7 @@ class BelowTimesteps(Schedule):
 
     def __post_init__(self) -> None:
         """Check that the bounds fall."""
+        object.__setattr__(self, "bounds", tuple(self.bounds))
         if not self.bounds or list(self.bounds) != sorted(set(self.bounds), reverse=True):
             raise ValueError(f"bounds={self.bounds}: expected falling timesteps")
 
@@ -90,8 +97,7 @@ class Interleaved(Schedule):
 
     def __post_init__(self) -> None:
         """Check the period."""
-        if self.every < 1:
-            raise ValueError(f"every={self.every}: expected at least 1")
+        check_whole("every", self.every, 1)
 
     def pick(self, step: int, timestep: float) -> int:
         """See `Schedule.pick`."""
@@ -168,13 +174,20 @@ def _switched() -> type:
         Args:
             models: networks of one latent space and prediction type.
             schedule: which runs when.
+            applied: handles of the transforms that lie on the networks, in the order in which they
+                were put on, to save them too.
         """
 
         __module__ = "effuse.bridge.saved"
         __qualname__ = "Switched"
         _supports_gradient_checkpointing = False
 
-        def __init__(self, models: Sequence[nn.Module], schedule: Schedule):
+        def __init__(
+            self,
+            models: Sequence[nn.Module],
+            schedule: Schedule,
+            applied: Sequence[Applied] = (),
+        ):
             super().__init__()
             if not isinstance(schedule, Schedule):
                 raise TypeError(f"schedule={schedule!r}: expected one such as AtSteps((0, 15))")
@@ -183,6 +196,12 @@ def _switched() -> type:
             check_alike(models)
             self.models = nn.ModuleList(models)
             self.schedule = schedule
+            for handle in applied:
+                if all(handle.model is not m for m in models):
+                    raise ValueError(
+                        f"applied: {type(handle.transform).__name__} lies on none of the networks"
+                    )
+            self._applied = list(applied)
             self._clock = Clock()
             self._names = list(inspect.signature(type(models[0]).forward).parameters)[1:]
 
@@ -232,61 +251,88 @@ def _switched() -> type:
                 return getattr(networks[0], name)
 
         def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-            """Write each network into its own folder, and the schedule beside them."""
+            """Write each network into its own folder, and the schedule beside them.
+
+            Raises:
+                StoreError: a network or the schedule would not come back as it is.
+            """
+            schedule: Any = self.schedule
+            name = type(schedule).__name__
+            if type(schedule) not in SCHEDULES:
+                raise StoreError(f"{name}: only schedules of effuse can be saved, such as AtSteps")
+            networks: Any = self.models
+            applied: Any = self._applied
+            views = [
+                _savable(m, i, [h for h in applied if h.model is m]) for i, m in enumerate(networks)
+            ]
             folder = Path(save_directory)
             folder.mkdir(parents=True, exist_ok=True)
             kinds = []
-            networks: Any = self.models
-            for i, model in enumerate(networks):
-                model.save_pretrained(folder / f"network_{i}", **kwargs)
-                root = type(model).__module__
-                kinds.append(
-                    [
-                        root if root.startswith("effuse") else root.split(".")[0],
-                        type(model).__name__,
-                    ]
-                )
-            schedule: Any = self.schedule
+            for i, view in enumerate(views):
+                view.save_pretrained(folder / f"network_{i}", **kwargs)
+                root = type(view).__module__
+                root = root if root.startswith("effuse") else root.split(".")[0]
+                kinds.append([root, type(view).__name__])
             plan = {
                 "format": 1,
-                "schedule": {type(schedule).__name__: asdict(schedule)},
+                "schedule": {name: dump_fields(schedule, name)},
                 "networks": kinds,
             }
-            (folder / "switched.json").write_text(json.dumps(plan, indent=2))
+            (folder / "switched.json").write_text(json.dumps(plan, indent=2) + "\n")
 
         @classmethod
         def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-            """Read what `save_pretrained` wrote."""
+            """Read what `save_pretrained` wrote.
+
+            Raises:
+                StoreError: the plan is missing, damaged or of another version.
+            """
             from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
 
             folder = Path(pretrained_model_name_or_path)
-            if kwargs.get("subfolder"):
-                folder = folder / kwargs.pop("subfolder")
-            plan = _read(folder / "switched.json")
-            ((name, values),) = plan["schedule"].items()
-            kind = next((c for c in SCHEDULES if c.__name__ == name), None)
-            if kind is None:
-                raise StoreError(f"{folder}: unknown schedule {name!r}")
-            schedule = kind(
-                **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-            )
+            folder = folder / (kwargs.pop("subfolder", None) or "")
+            schedule, kinds = _read(folder / "switched.json")
             models = [
                 simple_get_class_obj(*which).from_pretrained(folder / f"network_{i}", **kwargs)
-                for i, which in enumerate(plan["networks"])
+                for i, which in enumerate(kinds)
             ]
             return cls(models, schedule).eval()
 
     return Switched
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _savable(model: Any, number: int, given: Sequence[Applied]) -> Any:
+    """Return what saves the network with all that lies on it."""
+    from effuse.bridge.slimmed import applied_of
+    from effuse.bridge.store import _checked, is_plain
+
+    loaded = applied_of(model)
+    handles = [*loaded, *(h for h in given if all(h is not k for k in loaded))]
+    if is_plain(model, handles):
+        return model
+    if not handles:
+        raise StoreError(
+            f"network {number} is more than its config says: give the handles of the transforms "
+            "that lie on it, Switched(..., applied=[handle])"
+        )
+    return _checked(model, handles)
+
+
+def _read(path: Path) -> tuple[Schedule, list[list[str]]]:
+    """Return the schedule and, for each network, library and class."""
     try:
         plan = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        if plan["format"] != 1:
+            raise ValueError(f"format {plan['format']!r}, this version of effuse reads 1")
+        ((name, fields),) = plan["schedule"].items()
+        known = {c.__name__: c for c in SCHEDULES}
+        if name not in known:
+            raise ValueError(f"unknown schedule {name!r}{nearest(name, known)}")
+        return build(known[name], fields, name), [[root, kind] for root, kind in plan["networks"]]
+    except KeyError as error:
+        raise StoreError(f"{path}: {error} is missing") from error
+    except (OSError, TypeError, AttributeError, ValueError) as error:
         raise StoreError(f"{path}: expected the plan of a Switched network: {error}") from error
-    if plan.get("format") != 1 or not {"schedule", "networks"} <= plan.keys():
-        raise StoreError(f"{path}: format {plan.get('format')!r}, expected 1")
-    return plan
 
 
 def _close(a: Any, b: Any) -> bool:
