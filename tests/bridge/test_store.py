@@ -21,6 +21,7 @@ from torch import nn
 
 import effuse
 from effuse.bridge import saved, slimmed, store
+from effuse.compress.quantize.int8 import Int8
 from effuse.core import Applied, StoreError, Transform, Where, everywhere, method
 from effuse.core.method import _CARDS
 
@@ -146,8 +147,9 @@ def test_saved_again_from_what_was_loaded(tmp_path):
     expected = picture(pipe)
     store.save(pipe, tmp_path / "a", [("unet", handle)])
     back = store.load(tmp_path / "a")
-    store.save(back, tmp_path / "b")
+    store.save(back, tmp_path / "b", store.applied(back))  # known ones are not listed twice
     assert torch.equal(picture(store.load(tmp_path / "b")), expected)
+    assert len(store.applied(store.load(tmp_path / "b"))) == 1
     back.save_pretrained(tmp_path / "c")  # diffusers' own method
     assert torch.equal(picture(DiffusionPipeline.from_pretrained(tmp_path / "c")), expected)
     again = Narrow(keep=0.5).attach(back.unet)
@@ -620,11 +622,27 @@ def test_failed_save_leaves_no_trace(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(pipe.unet), "save_pretrained", full)
-    with pytest.raises(OSError, match="No space"):
-        store.save(pipe, out)
-    assert {f: f.read_bytes() for f in out.rglob("*") if f.is_file()} == before
-    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+    for owner, name in ((type(pipe.unet), "save_pretrained"), (store, "_flush")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full)
+            with pytest.raises(OSError, match="No space"):
+                store.save(pipe, out)
+        assert {f: f.read_bytes() for f in out.rglob("*") if f.is_file()} == before
+        assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def test_tied_tensors_are_written_once(tmp_path):
+    pipe = tiny_ddpm()
+    attention = pipe.unet.mid_block.attentions[0]
+    attention.to_q.weight = attention.to_k.weight
+    handle = Rounded.of(pipe.unet)
+    folder = store.save(pipe, tmp_path / "s", [("unet", handle)])
+    tied = json.loads((folder / "unet" / "config.json").read_text())["effuse"]["tied"]
+    assert set(tied.values()) < set(dict(pipe.unet.named_parameters(remove_duplicate=False)))
+    assert len(tied) == 1
+    back = store.load(folder)
+    for name, value in pipe.unet.state_dict().items():
+        assert torch.equal(back.unet.state_dict()[name], value), name
 
 
 def test_slim_classes_are_found_and_others_are_not():
@@ -636,3 +654,31 @@ def test_slim_classes_are_found_and_others_are_not():
         saved.SlimNothing
     with pytest.raises(AttributeError, match="no model class"):
         saved.SlimDDIMScheduler
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_what_half_precision_holds_is_written_in_it_and_read_as_it_was(tmp_path, half):
+    pipe = tiny_sd()
+    plain = folder_size(store.save(pipe, tmp_path / "full"))
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.to(half).float()
+    expected = {n: getattr(pipe, n).state_dict() for n in ("unet", "vae", "text_encoder")}
+    narrow = store.save(pipe, tmp_path / "narrow")
+    assert folder_size(narrow) < 0.6 * plain
+    handle = Int8(least=8).attach(pipe.unet)
+    after = {n: getattr(pipe, n).state_dict() for n in expected}
+    small = store.save(pipe, tmp_path / "slim", [("unet", handle)])
+    assert folder_size(small) < folder_size(narrow)
+    for folder, states in ((narrow, expected), (small, after)):
+        for load in (store.load, DiffusionPipeline.from_pretrained):
+            again = load(folder)
+            for name, state in states.items():
+                found = getattr(again, name).state_dict()
+                assert found.keys() == state.keys()
+                for key, value in state.items():
+                    assert found[key].dtype == value.dtype
+                    assert torch.equal(found[key], value), key
+
+
+def folder_size(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.rglob("*.safetensors"))

@@ -2,7 +2,8 @@
 
     config.json     the original config, and under "effuse" the transforms, each as method, fields
                     and plan, in the order in which they were put on
-    *.safetensors   the state dict as it is now: removed units are absent, int8 is int8
+    *.safetensors   the state dict as it is now: removed units are absent, int8 is int8, and what
+                    half precision holds exactly is written in half precision
 
 Reading builds the original network from the config, calls `Transform.restore` with each plan, and
 loads the weights into what that gives; every key and shape must fit. Nothing is pickled, and no
@@ -33,6 +34,7 @@ from effuse.core.contracts import Applied, Call, Objective, Transform
 from effuse.core.errors import StoreError
 from effuse.core.fields import build, defaults_of, dump_fields, nearest
 from effuse.core.method import _CARDS, Card, methods
+from effuse.ops.tensors import narrowest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -227,8 +229,14 @@ def write(model: nn.Module, folder: str | Path, applied: Sequence[Applied]) -> N
     config = config_of(model)
     entry = entry_of(model, applied)
     state, entry["tied"] = _untied(model)
+    small = {name: narrowest(value) for name, value in state.items()}
+    entry["widened"] = {
+        name: str(value.dtype).removeprefix("torch.")
+        for name, value in state.items()
+        if small[name].dtype != value.dtype
+    }
     file = folder / _LIBRARIES[library_of(model) or "diffusers"][1]
-    save_file(state, file, metadata={"format": "pt"})
+    save_file(small, file, metadata={"format": "pt"})
     entry["weights"] = {"file": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)}
     config["_class_name"] = PREFIX + _plain_name(model)
     config["effuse"] = entry
@@ -346,6 +354,10 @@ def read(folder: str | Path) -> Any:
     if not name.startswith(PREFIX):
         raise StoreError(f"{folder}: class {name!r}, expected one that begins with {PREFIX!r}")
     state = _read_weights(folder, entry["weights"])
+    for key, dtype in entry["widened"].items():
+        if key not in state:
+            raise StoreError(f"{folder}: {key} is missing from its weights")
+        state[key] = state[key].to(dtype_named(dtype, f"{folder}: {key}"))
     for alias, source in entry["tied"].items():
         if source not in state:
             raise StoreError(f"{folder}: {alias} is tied to {source}, which is not there")

@@ -8,6 +8,9 @@ It loads with `load`, and with `DiffusionPipeline.from_pretrained` after `import
 component whose transforms left nothing but a plain network is written as the plain class, for
 which not even that import is needed.
 
+Values that half precision holds exactly are written in half precision and read as they were: a
+pipeline that was published so and loaded in float32 does not double on its way back.
+
 A folder is written whole or not at all: into a sibling, flushed to the disk, then renamed.
 """
 
@@ -27,6 +30,7 @@ from torch import nn
 from effuse.core.contracts import Applied
 from effuse.core.errors import StoreError
 from effuse.core.files import alive
+from effuse.ops.tensors import narrowest
 
 from . import slimmed
 
@@ -85,6 +89,9 @@ def save(
     shutil.rmtree(draft, ignore_errors=True)
     try:
         shadow.save_pretrained(draft, safe_serialization=True)
+        for name, note in notes.items():
+            if not note.get("transforms") or note["plain"]:
+                _narrow(draft / name)
         for name, text in (extra or {}).items():
             (draft / name).write_text(text)
         manifest = {
@@ -300,6 +307,24 @@ def _versions() -> dict[str, str]:
     from effuse import __version__
 
     return {"effuse": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+
+
+def _narrow(folder: Path) -> None:
+    """Rewrite the weights of a plain component, each tensor in the narrowest type that is exact.
+
+    Diffusers and transformers widen them again to the type they are asked for.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    for file in folder.glob("*.safetensors"):
+        state = load_file(file)
+        small = {name: narrowest(value) for name, value in state.items()}
+        if all(small[name] is value for name, value in state.items()):
+            continue
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        save_file(small, file, metadata=metadata)
 
 
 # ---- folders

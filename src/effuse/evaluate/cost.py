@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from effuse.ops.stats import bootstrap
+from effuse.ops.tensors import narrowest
 
 Draw = Callable[[], Any]
 """Draws one picture; called without arguments, gives the same picture every time."""
@@ -32,8 +33,8 @@ class Cost:
     parameters: of all its networks, shared ones once.
     network_parameters: of the denoising network alone.
     bytes_in_memory: of parameters and buffers as they are held.
-    bytes_on_disk: of the files of its folder; where it has none, of its state as it would be
-        written in the present type.
+    bytes_on_disk: of the files of its folder; where it has none, of its weights as `save` would
+        write them, each tensor in the narrowest type that holds it exactly.
     folder: whether `bytes_on_disk` was read from a folder.
     network_calls: how often the denoising network runs for one picture.
     evaluations: rows that go through it for one picture; classifier-free guidance in one double
@@ -279,6 +280,16 @@ def bytes_of(*modules: nn.Module) -> int:
     return sum(seen.values())
 
 
+def stored_bytes(*modules: nn.Module) -> int:
+    """Return the bytes of state dicts with each tensor in the narrowest type that is exact."""
+    seen: dict[Any, int] = {}
+    for module in modules:
+        for t in module.state_dict().values():
+            for inner in _inner(t):
+                seen[inner.data_ptr() or id(inner)] = narrowest(inner).nbytes
+    return sum(seen.values())
+
+
 def _inner(t: Tensor) -> list[Tensor]:
     """Return the plain tensors of which a wrapping tensor (torchao's, for one) is made."""
     flatten = getattr(t, "__tensor_flatten__", None)
@@ -399,7 +410,7 @@ def measure(
             parameters=_parameters(modules),
             network_parameters=_parameters([denoising_network(pipe)]),
             bytes_in_memory=held,
-            bytes_on_disk=folder_bytes(folder) if folder else held,
+            bytes_on_disk=folder_bytes(folder) if folder else stored_bytes(*modules),
             folder=bool(folder),
             seconds_per_image=middle,
             seconds_interval=around,

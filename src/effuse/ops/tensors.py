@@ -1,4 +1,4 @@
-"""Broadcasting, seeded noise and the check for finite values."""
+"""Broadcasting, seeded noise, the narrowest exact type and the check for finite values."""
 
 from __future__ import annotations
 
@@ -39,6 +39,21 @@ def randn_like(x: Tensor, rng: torch.Generator | None = None) -> Tensor:
     """
     device = x.device if rng is None else rng.device
     return torch.randn(x.shape, generator=rng, dtype=x.dtype, device=device).to(x.device)
+
+
+def narrowest(x: Tensor) -> Tensor:
+    """Return float32 or float64 `x` in the narrowest type that holds its every value exactly.
+
+    Weights that came in half precision and were widened to compute with get their bytes back.
+    Others come back as they are.
+    """
+    if x.dtype not in (torch.float32, torch.float64):
+        return x
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        small = x.to(dtype)
+        if torch.equal(small.to(x.dtype), x):
+            return small
+    return x
 
 
 def require_finite(x: Tensor, what: str) -> None:
