@@ -23,7 +23,7 @@ runner = CliRunner()
 def run(*args: object) -> str:
     done = runner.invoke(app, [str(a) for a in args], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    return done.output
+    return done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 LOCK = ".effuse.lock"
 
@@ -28,7 +30,7 @@ def alive(pid: str) -> bool:
 def claimed(folder: str | Path) -> Iterator[Path]:
     """Make a folder, check that it can be written, and keep other runs out of it meanwhile.
 
-    The lock is a file with the number of the process; one left by a killed run is taken over.
+    The lock is the system's own, on a file within: it goes when the run does, however it ends.
 
     Raises:
         ValueError: it is a file, cannot be written, or another run is at work in it.
@@ -40,23 +42,34 @@ def claimed(folder: str | Path) -> Iterator[Path]:
     lock = target / LOCK
     try:
         target.mkdir(parents=True, exist_ok=True)
-        if lock.is_file() and not alive(lock.read_text().strip()):
-            lock.unlink()
-        with lock.open("x") as file:
-            file.write(str(os.getpid()))
-    except FileExistsError:
-        raise ValueError(
-            f"{folder}: process {lock.read_text().strip() or '?'} is at work in it; give another "
-            f"folder, or remove {lock} if that is no run of effuse"
-        ) from None
+        file = lock.open("a+")
     except OSError as error:
         raise ValueError(f"{folder}: cannot be written: {error.strerror}") from error
+    with file:
+        if not _locked(file):
+            raise ValueError(f"{folder}: another run is at work in it; give another folder")
+        try:
+            yield target
+        finally:
+            lock.unlink(missing_ok=True)
+            if made and target.is_dir() and not any(target.iterdir()):
+                target.rmdir()
+
+
+def _locked(file: IO[str]) -> bool:
+    """Take the system's lock on an open file; say whether it was free."""
     try:
-        yield target
-    finally:
-        lock.unlink(missing_ok=True)
-        if made and target.is_dir() and not any(target.iterdir()):
-            target.rmdir()
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def require_room(folder: str | Path, size: int) -> None:

@@ -153,7 +153,8 @@ def table(found: Comparison) -> list[Row]:
             if key == "processor_seconds":
                 note = between(*r.cost.processor_interval, duration)
             if key == "bytes_on_disk":
-                note = "files of its folder" if r.cost.folder else "weights alone, as they would be saved"
+                saved = r.cost.folder
+                note = "files of its folder" if saved else "weights alone, as they would be saved"
             if r is not results[0] and start > 0 and value > 0:
                 ratio = r.cost.ratio if key == "seconds_per_image" else value / start
                 relative = "equal" if value == start else f"{figures(ratio)} of it"
