@@ -20,6 +20,8 @@ from tests.tiny import (
 )
 from torch import nn
 
+import effuse
+from effuse.bridge.table import answer_for, predict
 from effuse.compress.calibrate import (
     PROMPTS,
     calls_from_pipeline,
@@ -39,6 +41,7 @@ from effuse.compress.units import (
     without,
 )
 from effuse.nn.residual import Residual
+from effuse.processes import Cosine, Flow
 
 
 def _call(name):
@@ -288,6 +291,39 @@ def test_uniform_calls_cover_the_range_and_know_the_target():
     assert close < 0.5
     with pytest.raises(ValueError, match="expected one each"):
         uniform_calls(pipe, ["a"], clean=torch.randn(2, 4, 8, 8))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction", "flow_prediction"])
+def test_the_target_is_the_answer_that_gives_both_parts_back(kind):
+    rng = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 3, 4, 4, 4, generator=rng, dtype=torch.float64)
+    t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    process = Flow() if kind == "flow_prediction" else Cosine()
+    x = process.corrupt(x0, t, noise)
+    pair = predict(kind, answer_for(kind, x0, noise, t, process), x, t, process)
+    torch.testing.assert_close(pair.x0, x0)
+    torch.testing.assert_close(pair.noise, noise)
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_pixart_pipe, tiny_sd3, tiny_flux])
+def test_targets_have_the_shape_of_answers(make):
+    """Tokens for FLUX; channels of a learned variance aside."""
+    pipe = make()
+    clean = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    (batch,) = uniform_calls(pipe, ["a", "b"], clean=clean, count=1, batch=3)
+    args, kwargs = batch["call"]
+    with torch.no_grad():
+        out = network_of(pipe)(*args, **kwargs)[0]
+    target = batch["target"]
+    assert out[:, : target.shape[1]].shape == target.shape
+    x, model = args[0].double(), effuse.wrap(pipe)
+    if make is tiny_flux:  # x - sigma (noise - x0) is a clean sample, packed
+        sigma = kwargs["timestep"].double().reshape(-1, 1, 1)
+        packed = model.bare.packed(clean)
+        found = x - sigma * target.double()
+        for row in found:
+            assert (row - packed.double()).abs().amax((1, 2)).min() < 1e-3
+        assert torch.equal(model.bare.unpacked(packed, clean), clean)
 
 
 @pytest.mark.parametrize(

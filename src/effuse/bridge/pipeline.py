@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from effuse.core import Denoiser, Prediction, Solver, Time, sample
+from effuse.core.contracts import Call
 from effuse.ops import randn_like
 from effuse.processes import Grid
 
 from .families import FAMILIES, Family, Pixels, Prompts, Texts, TextsXL, default_of, listed
-from .table import AsScheduler, Clipped, Schedule, grid_of, predict, solver_named
+from .table import AsScheduler, Clipped, Schedule, answer_for, grid_of, predict, solver_named
 
 __all__ = ["Codec", "Guided", "Network", "Wrapped", "grid_of", "wrap"]
 
@@ -54,32 +55,53 @@ class Network(Denoiser):
                 "conditions with a negative half: expected a guided denoiser, as Wrapped.guide "
                 "gives, or embed(..., guided=False)"
             )
-        label = torch.as_tensor(self.schedule.label(t), device=x.device).float().expand(len(x))
-        return predict(self.schedule.kind, self.output(x, label, **cond), x, t, self.process)
+        args, kwargs = self.call(x, t, **cond)
+        output = self.unpacked(self.network(*args, **kwargs)[0], x)
+        return predict(self.schedule.kind, output, x, t, self.process)
 
-    def output(self, x: Tensor, label: Tensor, **cond: Any) -> Tensor:
-        """Call the network on x: (B, C, H, W) with its time labels, (B,)."""
+    def call(self, x: Tensor, t: Time, **cond: Any) -> Call:
+        """Return the arguments with which the network is called on x: (B, C, H, W) at level t."""
+        label = torch.as_tensor(self.schedule.label(t), device=x.device).float().expand(len(x))
         dtype = next(self.network.parameters()).dtype
-        return self.network(x.to(dtype), timestep=label, return_dict=False, **cond)[0]
+        return self.arguments(x.to(dtype), label, cond)
+
+    def target(self, x0: Tensor, noise: Tensor, t: Time) -> Tensor:
+        """Return what the network was trained to answer, without a learned variance."""
+        return self.packed(answer_for(self.schedule.kind, x0, noise, t, self.process))
+
+    def arguments(self, x: Tensor, label: Tensor, cond: Mapping[str, Any]) -> Call:
+        """Return the arguments for x in the network's own dtype, with its time labels, (B,)."""
+        return (self.packed(x),), {"timestep": label, "return_dict": False, **cond}
+
+    def packed(self, x: Tensor) -> Tensor:
+        """Return x: (B, C, H, W) in the shape the network takes."""
+        return x
+
+    def unpacked(self, out: Tensor, like: Tensor) -> Tensor:
+        """Return what the network gave in the shape of `like`: (B, C, H, W)."""
+        return out
 
 
 class Packed(Network):
-    """FLUX: latents go in as tokens of 2 x 2, labels as sigma in [0, 1]."""
+    """FLUX: latents go in as tokens of 2 x 2, (B, HW / 4, 4C), labels as sigma in [0, 1]."""
 
-    def output(self, x: Tensor, label: Tensor, **cond: Any) -> Tensor:
-        """Pack x: (B, C, H, W) to (B, HW / 4, 4C), call, and unpack."""
+    def arguments(self, x: Tensor, label: Tensor, cond: Mapping[str, Any]) -> Call:
+        """See `Network.arguments`."""
+        h, w = x.shape[2] // 2, x.shape[3] // 2
+        grid = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        ids = torch.stack([torch.zeros(h, w), *grid], -1).reshape(-1, 3).to(x)
+        label = (label / self.schedule.count).to(x.dtype)
+        return super().arguments(x, label, {"img_ids": ids, **cond})
+
+    def packed(self, x: Tensor) -> Tensor:
+        """See `Network.packed`."""
         b, c, h, w = x.shape
-        dtype = next(self.network.parameters()).dtype
-        tokens = x.to(dtype).reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
-        grid = torch.meshgrid(torch.arange(h // 2), torch.arange(w // 2), indexing="ij")
-        ids = torch.stack([torch.zeros(h // 2, w // 2), *grid], -1)
-        out = self.network(
-            tokens.reshape(b, h * w // 4, 4 * c),
-            timestep=(label / self.schedule.count).to(dtype),
-            img_ids=ids.reshape(-1, 3).to(tokens),
-            return_dict=False,
-            **cond,
-        )[0]
+        tokens = x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+        return tokens.reshape(b, h * w // 4, 4 * c)
+
+    def unpacked(self, out: Tensor, like: Tensor) -> Tensor:
+        """See `Network.unpacked`."""
+        b, c, h, w = like.shape
         out = out.reshape(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5)
         return out.reshape(b, c, h, w)
 
@@ -243,13 +265,15 @@ class Wrapped:
     @property
     def denoiser(self) -> Denoiser:
         """The network as a denoiser; takes what `embed` gives."""
-        return self._clipped(self._bare())
+        return self._clipped(self.bare)
 
     def guide(self, scale: float) -> Denoiser:
         """Return the denoiser under classifier-free guidance; takes `embed(..., guided=True)`."""
-        return self._clipped(Guided(self._bare(), scale))
+        return self._clipped(Guided(self.bare, scale))
 
-    def _bare(self) -> Network:
+    @property
+    def bare(self) -> Network:
+        """The network as a denoiser whose x0 is not clipped, which knows its calls and targets."""
         return (Packed if self.family.packed else Network)(self.network, self.schedule)
 
     def _clipped(self, base: Denoiser) -> Denoiser:

@@ -145,6 +145,17 @@ def predict(
     return Prediction(x0, _noise(x, x0, alpha, sigma))
 
 
+def answer_for(kind: str, x0: Tensor, noise: Tensor, t: Time, process: Process) -> Tensor:
+    """Return the output from which `predict` gives back x0: (B, C, *) and noise, at level `t`."""
+    alpha, sigma, _ = (expand_as(c, x0) for c in process.coefficients(t))
+    return {
+        "epsilon": noise,
+        "sample": x0,
+        "v_prediction": alpha * noise - sigma * x0,
+        "flow_prediction": noise - x0,
+    }[kind]
+
+
 def _noise(x: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     if (sigma == 0).any():
         raise ValueError(

@@ -93,32 +93,24 @@ def record(
             timestep and the argument, or the first layer that gave such values.
     """
     kept = Recording(limit, seed, folder)
-    names = list(inspect.signature(type(network).forward).parameters)[1:]
     busy = False
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         if busy:
             return
-        named = dict(zip(names, args, strict=False)) | kwargs
-        for name, value in named.items():
-            if not _finite(value):
-                raise FloatingPointError(f"{_place(kept, named)}: argument {name} is not finite")
+        if not (_finite(args) and _finite(kwargs)):
+            raise not_finite(module, (args, kwargs), kept.seen)
         kept.add(args, kwargs)
 
     def after(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         nonlocal busy
         if busy or _finite(out):
             return
-        named = dict(zip(names, args, strict=False)) | kwargs
         busy = True
         try:
-            layer = first_bad_layer(module, (args, kwargs))
+            raise not_finite(module, (args, kwargs), kept.seen - 1)
         finally:
             busy = False
-        raise FloatingPointError(
-            f"{_place(kept, named, 1)}: the output is not finite, first at {layer}; use a wider "
-            "dtype or look at that layer's weights"
-        )
 
     hooks = [
         network.register_forward_pre_hook(before, with_kwargs=True),
@@ -131,10 +123,19 @@ def record(
             h.remove()
 
 
-def _place(kept: Recording, named: Mapping[str, Any], done: int = 0) -> str:
+def not_finite(network: nn.Module, call: Call, index: int) -> FloatingPointError:
+    """Return the error for call `index`: names its timestep and the bad argument or first layer."""
+    names = list(inspect.signature(type(network).forward).parameters)[1:]
+    named = dict(zip(names, call[0], strict=False)) | call[1]
     t = named.get("timestep")
     at = "" if t is None else f" (timestep {float(torch.as_tensor(t).reshape(-1)[0]):g})"
-    return f"call {kept.seen - done}{at}"
+    for name, value in named.items():
+        if not _finite(value):
+            return FloatingPointError(f"call {index}{at}: argument {name} is not finite")
+    return FloatingPointError(
+        f"call {index}{at}: the output is not finite, first at {first_bad_layer(network, call)}; "
+        "use a wider dtype or look at that layer's weights"
+    )
 
 
 @torch.no_grad()
@@ -264,7 +265,8 @@ def uniform_calls(
     """Return batches of one `call` and its `target`, with t uniform over the training range.
 
     x_t = alpha x0 + sigma noise, and the target is what the network was trained to answer: noise,
-    x0, alpha noise - sigma x0 or noise - x0. Guidance is not used.
+    x0, alpha noise - sigma x0 or noise - x0, in the shape in which it answers (FLUX: tokens).
+    Guidance is not used, and the network is not run on what is made.
 
     Args:
         pipe: what `effuse.wrap` takes.
@@ -305,21 +307,9 @@ def uniform_calls(
         t = even[torch.randperm(batch, generator=rng)].to(x0.device)
         noise = randn_like(x0, rng)
         x = model.process.corrupt(x0, t, noise)
-        with record(model.network) as kept:
-            model.denoiser(x, t, **cond)
-        target = _target(model.schedule.kind, model.process, x0, noise, t)
-        made.append({"call": kept[0], "target": target.cpu()})
+        call = model.bare.call(x, t, **cond)
+        made.append({"call": _copy(call), "target": _copy(model.bare.target(x0, noise, t))})
     return made
-
-
-def _target(kind: str, process: Any, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    alpha, sigma = (c.reshape(-1, 1, 1, 1).to(x0) for c in (process.alpha(t), process.sigma(t)))
-    return {
-        "epsilon": noise,
-        "sample": x0,
-        "v_prediction": alpha * noise - sigma * x0,
-        "flow_prediction": noise - x0,
-    }[kind]
 
 
 # ---- calls as values

@@ -250,11 +250,13 @@ class Transform(ABC):
     """Makes a model smaller or faster, and can be taken off again. A frozen dataclass.
 
     kind: what it does, for the order in a recipe: "prune", "factorize", "rewire", "quantize",
-    "cache". calibrated: whether `observe` must be called before it acts.
+    "cache". calibrated: whether `observe` must be called before it acts. targeted: whether
+    `observe` also takes batches of a `call` and its `target`, what the network should answer.
     """
 
     kind: ClassVar[str]
     calibrated: ClassVar[bool] = False
+    targeted: ClassVar[bool] = False
 
     @abstractmethod
     def attach(self, model: nn.Module) -> Applied:

@@ -13,6 +13,7 @@ LAPTOP-Diff (2404.11098); the exact normalizer of the paper is not public, this 
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -160,7 +161,7 @@ class NormalizedFeatureDistillation(Objective):
         teacher: frozen here, once. Must be another object than the student.
         student: learns in place.
         taps: dotted names, the same in both, or pairs (teacher's, student's); `stages` if None.
-        normalizer: `PerBatch`, `Running` or `Plain`.
+        normalizer: `PerBatch`, `Matched`, `Running` or `Plain`.
         weights: of task, output and features.
         spoil: makes a call and its target of a batch without a call.
 
@@ -193,7 +194,9 @@ class NormalizedFeatureDistillation(Objective):
             teacher.get_submodule(theirs), student.get_submodule(own)
         self.normalizer = normalizer or PerBatch()
         self.weights, self.spoil = weights, spoil
-        self._remembered: Tensor | None = None
+        # a buffer, so that a run taken up again goes on with the same average
+        self.remembered: Tensor
+        self.register_buffer("remembered", torch.full((len(self.taps),), math.nan))
 
     def train(self, mode: bool = True) -> NormalizedFeatureDistillation:
         """Set the student's mode; the teacher stays in evaluation mode."""
@@ -212,19 +215,35 @@ class NormalizedFeatureDistillation(Objective):
         with listening(self.student, [b for _, b in self.taps]) as own:
             given = answer(self.student(*args, **kwargs))
         task, output, feature = self.weights
-        error = (given - wanted).square().mean()
+        error = (_wide(given) - _wide(wanted)).square().mean()
         terms = {"output": output * error}
         if target is not None:
-            terms["task"] = task * (given[:, : target.shape[1]] - target).square().mean()
+            answered = _wide(given[:, : target.shape[1]])
+            terms["task"] = task * (answered - _wide(target)).square().mean()
         if self.taps:
-            pairs = [(theirs[a], own[b]) for a, b in self.taps]
+            pairs = [self._pair(a, theirs.get(a), b, own.get(b)) for a, b in self.taps]
             errors = feature_errors(pairs)
-            power = torch.stack([t.detach().float().square().mean() for t, _ in pairs])
-            a, self._remembered = self.normalizer.weights(power, self._remembered)
-            a = a * self.normalizer.balanced((a * errors).detach(), error.detach().float())
+            power = torch.stack([_wide(t.detach()).square().mean() for t, _ in pairs])
+            before = None if self.remembered.isnan().any() else self.remembered
+            a, now = self.normalizer.weights(power, before)
+            if now is not None:
+                self.remembered.copy_(now)
+            a = a * self.normalizer.balanced((a * errors).detach(), error.detach())
             for (_, name), term in zip(self.taps, feature * a * errors, strict=True):
                 terms[f"feature/{name}"] = term
-        return Loss(torch.stack([t.float() for t in terms.values()]).sum(), terms)
+        return Loss(torch.stack(list(terms.values())).sum(), terms)
+
+    @staticmethod
+    def _pair(a: str, theirs: Tensor | None, b: str, own: Tensor | None) -> tuple[Tensor, Tensor]:
+        if theirs is None or own is None:
+            who, name = ("teacher", a) if theirs is None else ("student", b)
+            raise ValueError(f"tap {name!r} was not called by the {who}: name a layer that runs")
+        if theirs.shape != own.shape:
+            raise ValueError(
+                f"tap {a!r} of the teacher gives {tuple(theirs.shape)}, {b!r} of the student "
+                f"{tuple(own.shape)}: expected the same shape"
+            )
+        return theirs, own
 
     def _call(
         self, batch: Mapping[str, Any], rng: torch.Generator | None
@@ -240,8 +259,13 @@ class NormalizedFeatureDistillation(Objective):
 
 
 def feature_errors(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the mean squared difference of each pair, (n,), in float32."""
-    return torch.stack([(t.detach().float() - s.float()).square().mean() for t, s in pairs])
+    """Return the mean squared difference of each pair, (n,), in float32 or better."""
+    return torch.stack([(_wide(t.detach()) - _wide(s)).square().mean() for t, s in pairs])
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return x in float32, float64 as it is: squares of half precision overflow."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def answer(out: Any) -> Tensor:
@@ -253,31 +277,21 @@ def answer(out: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class UniformNoise:
-    """Spoils batch["x0"]: (B, *) at levels uniform over the training range; for `spoil`.
+    """Spoils batch["x0"]: (B, C, H, W) at levels uniform over the training range; for `spoil`.
 
-    schedule: of the pipeline, as `effuse.wrap(pipe).schedule`. All else in the batch goes to the
-    network by name.
+    network: of the pipeline, `effuse.wrap(pipe).bare`. All else in the batch goes to it by name.
     """
 
-    schedule: Any
+    network: Any
 
     def __call__(
         self, batch: Mapping[str, Any], rng: torch.Generator | None
     ) -> tuple[Call, Tensor]:
         """Return the network's arguments and its target."""
-        x0, process = batch["x0"], self.schedule.process
+        cond = dict(batch)
+        x0 = cond.pop("x0")
         place = x0.device if rng is None else rng.device
         t = torch.rand(len(x0), generator=rng, device=place).to(x0.device)
         noise = randn_like(x0, rng)
-        shape = (-1, *[1] * (x0.ndim - 1))
-        alpha, sigma = (c.reshape(shape).to(x0) for c in (process.alpha(t), process.sigma(t)))
-        target = {
-            "epsilon": noise,
-            "sample": x0,
-            "v_prediction": alpha * noise - sigma * x0,
-            "flow_prediction": noise - x0,
-        }[self.schedule.kind]
-        label = self.schedule.label(t).float().expand(len(x0))
-        rest = {k: v for k, v in batch.items() if k != "x0"}
-        call = ((process.corrupt(x0, t, noise),), {"timestep": label, "return_dict": False, **rest})
-        return call, target
+        x = self.network.process.corrupt(x0, t, noise)
+        return self.network.call(x, t, **cond), self.network.target(x0, noise, t)

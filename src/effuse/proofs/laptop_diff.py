@@ -27,8 +27,8 @@ from effuse.compress.prune.laptop_diff import (
     OutputError,
     Random,
     Taylor,
-    additivity,
 )
+from effuse.compress.prune.study import additivity
 from effuse.compress.units import Unit, macs, parameters, units, without
 from effuse.core.training import fit, warmup_cosine
 from effuse.distill.features import (

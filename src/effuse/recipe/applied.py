@@ -224,7 +224,8 @@ def slim(
             handle = transform.attach(getattr(pipe, part))
             out.applied.append((part, handle))
             if transform.calibrated:
-                handle.observe([b["call"] for b in batches()[: plan.calibration.calls]])
+                seen: Any = batches()[: plan.calibration.calls]
+                handle.observe(seen if transform.targeted else [b["call"] for b in seen])
             if plan.healing.steps and part == main and main in originals:
                 objective = handle.objective(originals[main])
                 if objective is not None:

@@ -19,7 +19,7 @@ from effuse.compress.units import (
 )
 from effuse.ops import budget
 
-from .criteria import Batch, answers, joint_error
+from .criteria import Batch, answers, call_of, joint_error
 
 # ---- what a unit costs
 
@@ -53,7 +53,7 @@ class Macs(Cost):
         self, model: nn.Module, units: Sequence[Unit], batches: Sequence[Batch]
     ) -> tuple[float, list[float]]:
         """See `Cost.price`."""
-        call = batches[0]["call"]
+        call = call_of(model, batches[0])
         return float(macs(model, call)), [float(c) for c in unit_macs(model, units, call)]
 
 
@@ -67,7 +67,7 @@ class Milliseconds(Cost):
         self, model: nn.Module, units: Sequence[Unit], batches: Sequence[Batch]
     ) -> tuple[float, list[float]]:
         """See `Cost.price`."""
-        call = batches[0]["call"]
+        call = call_of(model, batches[0])
         saved = unit_milliseconds(model, units, call, self.repeats)
         return milliseconds(model, call, self.repeats), saved
 
@@ -87,6 +87,9 @@ class CostVector(Cost):
         if missing:
             raise ValueError(f"no cost for {missing[0]!r}: expected one for each of the units")
         mine = [float(self.values[u.name]) for u in units]
+        for u, cost in zip(units, mine, strict=True):
+            if not 0 <= cost < math.inf:
+                raise ValueError(f"cost of {u.name!r} is {cost}: expected at least 0, and finite")
         return self.rest + sum(mine), mine
 
 

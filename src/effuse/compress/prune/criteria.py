@@ -6,17 +6,19 @@ outputs, weights, gradients, features, pictures, or nothing.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from effuse.compress.calibrate import to_device
+from effuse.compress.calibrate import not_finite, to_device
 from effuse.compress.units import Removal, Unit, branches, found, without
+from effuse.core.contracts import Call
 
 Batch = Mapping[str, Any]
 """`call`, the network's arguments, and perhaps `target`, what it should answer."""
@@ -32,16 +34,42 @@ class Criterion(ABC):
         """Return one score per unit; `model` is in evaluation mode and left as it was."""
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Put a model into evaluation mode for the length of a `with` block, then each module back."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
 @torch.no_grad()
 def answers(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
-    """Return what the network answers to each batch."""
-    return [answer_to(model, b) for b in batches]
+    """Return what the network answers to each batch.
+
+    Raises:
+        FloatingPointError: it is not finite; names the call and its bad argument or first layer.
+    """
+    out = []
+    for i, batch in enumerate(batches):
+        out.append(answer_to(model, batch))
+        if not out[-1].isfinite().all():
+            raise not_finite(model, call_of(model, batch), i)
+    return out
+
+
+def call_of(model: nn.Module, batch: Batch) -> Call:
+    """Return the call of a batch on the model's device."""
+    first = next(model.parameters(), None)
+    return batch["call"] if first is None else to_device(batch["call"], first.device)
 
 
 def answer_to(model: nn.Module, batch: Batch) -> Tensor:
     """Return what the network answers to one batch, on the model's device."""
-    first = next(model.parameters(), None)
-    args, kwargs = batch["call"] if first is None else to_device(batch["call"], first.device)
+    args, kwargs = call_of(model, batch)
     out = model(*args, **kwargs)
     if not isinstance(out, Tensor):
         out = out.sample if hasattr(out, "sample") else out[0]
@@ -56,9 +84,10 @@ def joint_error(
 ) -> float:
     """Return E||eps(R) - eps||^2, the mean squared change of the answer without units `names`."""
     whole = answers(model, batches) if whole is None else whole
-    with without(model, names):
-        less = answers(model, batches)
-    error = _mean([(a.double() - b.double()).square().mean() for a, b in zip(less, whole)])
+    with torch.no_grad(), without(model, names):
+        less = [answer_to(model, b) for b in batches]
+    changes = [(a.double() - b.double()).square().mean() for a, b in zip(less, whole, strict=True)]
+    error = _mean(changes)
     if not math.isfinite(error):
         raise FloatingPointError(
             f"without {', '.join(names[:3])} the network's answer is not finite: leave such a "
@@ -258,6 +287,11 @@ def task_loss(out: Tensor, batch: Batch) -> Tensor:
 def mean_task_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
     """Return the mean task loss over batches with targets."""
     return _mean([task_loss(answer_to(model, b), b) for b in batches])
+
+
+def batch_of(call: Call | Batch) -> Batch:
+    """Return a batch of a bare call, a batch as it is."""
+    return call if isinstance(call, Mapping) else {"call": call}
 
 
 def _need_targets(criterion: Criterion, batches: Sequence[Batch]) -> None:

@@ -7,19 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from effuse.compress.units import (
-    Removal,
-    Unit,
-    macs,
-    milliseconds,
-    parameters,
-    remove,
-    units,
-    without,
-)
+from effuse.compress.units import Removal, Unit, freed, parameters, remove, units
 from effuse.core.contracts import Applied, Call, Objective, Transform, Where, everywhere
 from effuse.core.errors import check_fraction
 from effuse.core.method import method
@@ -49,12 +39,12 @@ from .criteria import (
     Taylor,
     TextScoreDrop,
     answers,
+    batch_of,
+    evaluating,
     joint_error,
-    mean_task_loss,
 )
 
 __all__ = [
-    "Additivity",
     "BlockInfluence",
     "CostVector",
     "Criterion",
@@ -73,8 +63,6 @@ __all__ = [
     "TaskLoss",
     "Taylor",
     "TextScoreDrop",
-    "additivity",
-    "sweep",
 ]
 
 # ---- the transform
@@ -118,6 +106,7 @@ class LaptopDiff(Transform):
     where: Where = everywhere
     kind = "prune"
     calibrated = True
+    targeted = True
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -132,9 +121,16 @@ class LaptopDiff(Transform):
             ValueError: there are no units, or too few for this `keep`; says which is the least.
         """
         found = units(model, self.where)
+        if not found and (self.keep < 1 or self.floors):
+            raise ValueError(
+                f"{type(model).__name__} has no removable units that `where` allows: expected "
+                "residual blocks of diffusers, or `effuse.nn.residual.Residual` in a network of "
+                "your own"
+            )
         if isinstance(self.cost, Parameters):
             costs = [float(u.params) for u in found]
-            _room(self, found, float(parameters(model)), costs, [0.0] * len(found))
+            # scores are not known yet: the cheapest units would do for the floors
+            _room(self, model, found, float(parameters(model)), costs, [-c for c in costs])
         return Pruned(self, model, found)
 
     def restore(self, model: nn.Module, plan: Mapping[str, Any]) -> Pruned:
@@ -147,24 +143,42 @@ class LaptopDiff(Transform):
 
 def _room(
     transform: LaptopDiff,
+    model: nn.Module,
     found: Sequence[Unit],
     total: float,
     costs: Sequence[float],
     scores: Sequence[float],
 ) -> tuple[float, list[int]]:
     """Return what units may cost in all, and which must stay; check that it can be done."""
-    if transform.floors and not found:
-        raise ValueError("floors: this network has no units of any kind")
     must = budget.floors(scores, [u.kind for u in found], dict(transform.floors))
-    fixed = total - sum(costs)
-    least = (fixed + sum(costs[i] for i in must)) / total
-    room = transform.keep * total - fixed
-    if transform.keep < least - 1e-12:
+    stays, fixed = sum(costs[i] for i in must), total - sum(costs)
+    lowest = fixed + stays
+    if isinstance(transform.cost, Parameters):
+        lowest = total - freed(model, [u.name for i, u in enumerate(found) if i not in must])
+    if transform.keep * total < lowest * (1 - 1e-12):
+        least = math.ceil(1e4 * lowest / total) / 1e4
         raise ValueError(
             f"keep={transform.keep:g}: expected at least {least:.4f}; {1 - least:.1%} of this "
             f"network is the most that its {len(found)} removable units allow"
         )
-    return room, must
+    return max(transform.keep * total - fixed, stays), must
+
+
+def _refilled(
+    model: nn.Module, found: Sequence[Unit], scores: Sequence[float], kept: set[int], limit: float
+) -> set[int]:
+    """Return `kept` and what may stay beside it with at most `limit` parameters, best first.
+
+    Units that go together may free more than the sum of their own, which is all a knapsack sees.
+    Those worth nothing stay out.
+    """
+    total = parameters(model)
+    gone = [i for i in range(len(found)) if i not in kept and scores[i] > 0]
+    for i in sorted(gone, key=lambda i: (-scores[i], i)):
+        more = {*kept, i}
+        if total - freed(model, [u.name for j, u in enumerate(found) if j not in more]) <= limit:
+            kept = more
+    return kept
 
 
 class Pruned(Applied):
@@ -196,40 +210,41 @@ class Pruned(Applied):
 
         Raises:
             ValueError: no calls, `keep` out of reach, or a criterion without what it needs.
-            FloatingPointError: a score is not finite; names the unit.
+            FloatingPointError: a call, the answer to it or a score is not finite; names the call
+                and its argument, the first bad layer, or the unit.
         """
         self._check()
-        batches = [_as_batch(c) for c in calls]
+        batches = [batch_of(c) for c in calls]
         if not batches:
             raise ValueError("no calls to observe: expected at least one recorded call")
         if self._unhealed:
             raise ValueError("it has been healed already: attach anew to the original")
         self._undo()
         t, model = self.transform, self.model
-        modes = {m: m.training for m in model.modules()}
-        model.eval()
-        try:
+        with evaluating(model):
+            whole = answers(model, batches)
             self.scores = t.criterion.scores(model, self.units, batches)
             for u, s in zip(self.units, self.scores, strict=True):
                 if not math.isfinite(s):
                     raise FloatingPointError(f"unit {u.name}: its score is {s}")
+                if s < 0:
+                    raise ValueError(f"unit {u.name}: its score is {s}, expected at least 0")
             total, self.costs = t.cost.price(model, self.units, batches)
-            room, must = _room(t, self.units, total, self.costs, self.scores)
+            room, must = _room(t, model, self.units, total, self.costs, self.scores)
             kept = set(range(len(self.units)))
             if sum(self.costs) > room * (1 + 1e-12):
                 problem = Problem(model, self.units, batches, self.scores, self.costs, room, must)
                 kept = set(t.solver.keep(problem))
+                if isinstance(t.cost, Parameters):
+                    kept = _refilled(model, self.units, self.scores, kept, t.keep * total)
             names = [u.name for i, u in enumerate(self.units) if i not in kept]
             predicted = sum(s for i, s in enumerate(self.scores) if i not in kept)
-            measured = joint_error(model, names, batches) if names else 0.0
-        finally:
-            for m, mode in modes.items():
-                m.training = mode
+            measured = joint_error(model, names, batches, whole) if names else 0.0
         self.remove(names)
         self.found = {"predicted_error": float(predicted), "measured_error": measured}
 
     def remove(self, names: Sequence[str]) -> None:
-        """Take these units away, whatever they score; on top of those already gone."""
+        """Take these units away, whatever they score."""
         self._check()
         if self._removal is not None:
             raise ValueError("units have been removed already: detach first")
@@ -290,122 +305,3 @@ class Pruned(Applied):
     def _check(self) -> None:
         if self.finalized:
             raise RuntimeError("it was finalized, the units are gone for good: load the original")
-
-
-def _as_batch(call: Call | Batch) -> Batch:
-    return call if isinstance(call, Mapping) else {"call": call}
-
-
-# ---- studies
-
-
-@dataclass(frozen=True)
-class Additivity:
-    """How well single errors add up: one row a set of units.
-
-    predicted, measured: (n,) sum of single scores, joint error. pearson, spearman: correlations.
-    slope: least squares through zero of measured on predicted; 1 is exact.
-    """
-
-    predicted: Tensor
-    measured: Tensor
-
-    @property
-    def pearson(self) -> float:
-        """Linear correlation."""
-        return _correlation(self.predicted, self.measured)
-
-    @property
-    def spearman(self) -> float:
-        """Rank correlation, ties at their mean rank."""
-        return _correlation(_ranks(self.predicted), _ranks(self.measured))
-
-    @property
-    def slope(self) -> float:
-        """Measured over predicted."""
-        return float((self.predicted * self.measured).sum() / self.predicted.square().sum())
-
-
-def additivity(
-    model: nn.Module,
-    scores: Mapping[str, float],
-    batches: Sequence[Call | Batch],
-    sets: Sequence[Sequence[str]],
-    *,
-    task: bool = False,
-) -> Additivity:
-    """Compare joint errors of sets of units with the sums of their scores.
-
-    Args:
-        model: whole; in evaluation mode.
-        scores: of single units by name, by the same measure.
-        batches: what the scores were taken on.
-        sets: names of units removed together, one row each.
-        task: measure the rise of the task loss instead of the change of the answer.
-    """
-    rows = [_as_batch(b) for b in batches]
-    whole = answers(model, rows)
-    base = mean_task_loss(model, rows) if task else 0.0
-    predicted, measured = [], []
-    for names in sets:
-        predicted.append(sum(scores[n] for n in names))
-        if task:
-            with without(model, names):
-                measured.append(mean_task_loss(model, rows) - base)
-        else:
-            measured.append(joint_error(model, names, rows, whole))
-    return Additivity(torch.tensor(predicted).double(), torch.tensor(measured).double())
-
-
-def sweep(
-    model: nn.Module,
-    calls: Iterable[Call | Batch],
-    keeps: Sequence[float],
-    transform: LaptopDiff | None = None,
-) -> list[dict[str, Any]]:
-    """Return a row for each share kept: parameters, error predicted and measured, MACs, time.
-
-    Units are scored once; the model is left as it was. An unreachable share gives a row with the
-    reason as "refused".
-    """
-    import dataclasses
-
-    t, batches = transform or LaptopDiff(), [_as_batch(c) for c in calls]
-    found = units(model, t.where)
-    was = model.training
-    model.eval()
-    values = dict(
-        zip((u.name for u in found), t.criterion.scores(model, found, batches), strict=True)
-    )
-    total, prices = t.cost.price(model, found, batches)
-    listed = dict(zip((u.name for u in found), prices, strict=True))
-    cost: Cost = CostVector(listed, total - sum(prices))
-    rows: list[dict[str, Any]] = []
-    for keep in keeps:
-        row: dict[str, Any] = {"keep": keep}
-        try:
-            handle = dataclasses.replace(t, keep=keep, criterion=Given(values), cost=cost).attach(
-                model
-            )
-            handle.observe(batches)
-        except ValueError as error:
-            rows.append({**row, "refused": str(error)})
-            continue
-        made = handle.report()
-        call = batches[0]["call"]
-        row |= {k: made[k] for k in ("parameters", "kept", "removed")}
-        row |= {k: made[k] for k in ("predicted_error", "measured_error")}
-        row |= {"macs": macs(model, call), "milliseconds": milliseconds(model, call)}
-        handle.detach()
-        rows.append(row)
-    model.train(was)
-    return rows
-
-
-def _ranks(x: Tensor) -> Tensor:
-    return torch.stack([((x < v).sum() + ((x == v).sum() - 1) / 2).double() for v in x])
-
-
-def _correlation(a: Tensor, b: Tensor) -> float:
-    a, b = a - a.mean(), b - b.mean()
-    return float((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-300))
