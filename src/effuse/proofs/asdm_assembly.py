@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,61 +28,17 @@ from effuse.compress.rewire.asdm_assembly import (
 from effuse.compress.rewire.choose import choose
 from effuse.compress.rewire.incubation import incubate
 from effuse.compress.rewire.switched import AtSteps, Interleaved, Switched
-from effuse.core import Denoiser, Solver, sample
+from effuse.core import Solver
 from effuse.core.training import fit, warmup_cosine
 from effuse.distill.features import NormalizedFeatureDistillation
 from effuse.ops.stats import bootstrap, paired
 from effuse.solvers import DDIM, DPMpp2M
 
 from . import Claim, Evidence, Scale, proof
+from ._study import Study, in_place_of, of_pipeline, off, recording, tiny
 
 BUDGET = 0.6
 """Share of the full run's multiply-accumulates that a setting may cost in the main test."""
-
-
-@dataclass
-class Study:
-    """A network in its pipeline, with a way to sample from fixed noise.
-
-    draw(seed) -> start (B, C, H, W) and the guided denoiser; times(steps) -> levels.
-    """
-
-    name: str
-    network: nn.Module
-    draw: Callable[[int], tuple[Tensor, Denoiser]]
-    times: Callable[[int], Tensor]
-    steps: int
-
-    def run(self, seed: int, solver: Solver | None = None, steps: int | None = None) -> Tensor:
-        """Sample with DDIM in the study's own number of steps unless told otherwise."""
-        x, denoiser = self.draw(seed)
-        times = self.times(steps or self.steps)
-        return sample(denoiser, solver or DDIM(), x, times)
-
-    def call(self) -> Any:
-        """Return one call of the network as sampling makes them."""
-        with recording(self.network) as calls:
-            self.run(0, steps=1)
-        return calls[0]
-
-
-@contextmanager
-def recording(network: nn.Module) -> Iterator[list[Any]]:
-    """Keep the arguments of all calls of a network while inside."""
-    calls: list[Any] = []
-    hook = network.register_forward_pre_hook(
-        lambda m, args, kwargs: calls.append((args, dict(kwargs))), with_kwargs=True
-    )
-    try:
-        yield calls
-    finally:
-        hook.remove()
-
-
-def off(x: Tensor, full: Tensor) -> Tensor:
-    """Return ||x - full||^2 / ||full||^2 of each picture, (B,)."""
-    x, full = x.double().flatten(1), full.double().flatten(1)
-    return (x - full).square().sum(1) / full.square().sum(1)
 
 
 @dataclass
@@ -309,7 +264,7 @@ def switching(
     costs = [_macs(study, model) for model in (study.network, small)]
 
     def run(model: nn.Module) -> Tensor:
-        with _in_place_of(study, model):
+        with in_place_of(study, model):
             return study.run(1000)
 
     quarter, half = max(study.steps // 4, 1), study.steps // 2
@@ -331,7 +286,7 @@ def switching(
     for name, schedule in variants.items():
         switched = Switched([study.network, small], schedule)
         begun = time.process_time()
-        with _in_place_of(study, switched):
+        with in_place_of(study, switched):
             errors = torch.cat([off(study.run(seed), full[seed]) for seed in seeds])
         spent = (time.process_time() - begun) / len(seeds)
         macs = int(schedule.cost(levels, costs))
@@ -416,43 +371,9 @@ def _macs(study: Study, model: nn.Module) -> int:
         return next(iter(handle.costs.values())).full
 
 
-@contextmanager
-def _in_place_of(study: Study, other: nn.Module) -> Iterator[None]:
-    """Let the study's denoiser call another network."""
-    kept = study.draw
-
-    def draw(seed: int) -> tuple[Tensor, Denoiser]:
-        x, denoiser = kept(seed)
-        for module in list(denoiser.modules()):
-            if getattr(module, "network", None) is study.network:
-                module.network = other
-        return x, denoiser
-
-    study.draw = draw
-    try:
-        yield
-    finally:
-        study.draw = kept
-
-
-def of_pipeline(name: str, pipe: Any, prompts: Sequence[Any], scale: float, steps: int) -> Study:
-    """Study a diffusers pipeline, guided, from noise that a seed fixes."""
-    from effuse.bridge.pipeline import wrap
-
-    model = wrap(pipe)
-    model.network.requires_grad_(False)
-    cond = model.embed(list(prompts), guided=True)
-
-    def draw(seed: int) -> tuple[Tensor, Denoiser]:
-        rng = torch.Generator().manual_seed(seed)
-        return model.prior(len(prompts), rng=rng), model.guide(scale).given(**cond)
-
-    return Study(name, model.network, draw, lambda n: model.grid(model.process, n), steps)
-
-
 def _studies(scale: Scale) -> list[Study]:
     if scale.size == "smoke":
-        return [_tiny()]
+        return [tiny()]
     from effuse import house
 
     steps, count = scale.pick(0, 16, 30), scale.pick(0, 4, 8)
@@ -466,41 +387,6 @@ def _studies(scale: Scale) -> list[Study]:
         labels = list(range(0, 10 * count, 10))
         out.append(of_pipeline("house:emoji-dit", dit, labels, 3.0, steps))
     return out
-
-
-def _tiny() -> Study:
-    """Study random weights: shows that everything runs and counts, and nothing else."""
-    from diffusers import UNet2DModel
-
-    from effuse.bridge.pipeline import Network
-    from effuse.bridge.table import Schedule
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = UNet2DModel(
-            sample_size=8,
-            in_channels=2,
-            out_channels=2,
-            layers_per_block=1,
-            block_out_channels=(8, 16),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=8,
-            norm_num_groups=4,
-        ).eval()
-    net.requires_grad_(False)
-    from diffusers import DDIMScheduler
-
-    schedule = Schedule(DDIMScheduler(clip_sample=False, timestep_spacing="trailing"))
-    base = Network(net, schedule)
-
-    def draw(seed: int) -> tuple[Tensor, Denoiser]:
-        rng = torch.Generator().manual_seed(seed)
-        return torch.randn(2, 2, 8, 8, generator=rng), Network(net, schedule)
-
-    from effuse.processes.grids import Trailing
-
-    return Study("tiny", net, draw, lambda n: Trailing()(base.process, n), 8)
 
 
 @proof("asdm_assembly")
