@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from tests.tiny import (
     tiny_ddpm,
     tiny_dit,
@@ -43,7 +44,7 @@ from effuse.compress.prune.laptop_diff import (
     Taylor,
     TextScoreDrop,
 )
-from effuse.compress.prune.study import additivity, sweep
+from effuse.compress.prune.study import Additivity, additivity, sweep
 from effuse.compress.units import macs, parameters, units, without
 from effuse.core import fit
 from effuse.distill.features import (
@@ -132,6 +133,16 @@ def test_two_identical_branches_are_the_known_failure():
     study = additivity(net, named, calls, [list(named)])
     assert float(study.predicted) == pytest.approx(2 * 0.09)
     assert float(study.measured) == pytest.approx(4 * 0.09)
+    assert study.slope == pytest.approx(2)
+
+
+def test_correlations_are_those_of_scipy():
+    rng = torch.Generator().manual_seed(0)
+    a = torch.randn(40, generator=rng, dtype=torch.float64).mul(2).round() / 2  # with ties
+    b = a + torch.randn(40, generator=rng, dtype=torch.float64)
+    study = Additivity(a, b)
+    assert study.pearson == pytest.approx(stats.pearsonr(a, b).statistic)
+    assert study.spearman == pytest.approx(stats.spearmanr(a, b).statistic)
 
 
 @pytest.mark.parametrize("solver", [Exact(), Greedy()])
@@ -174,6 +185,10 @@ def test_task_loss_and_taylor_know_a_harmful_branch():
     taylor = Taylor().scores(net, found, [batch])
     # L = mean (0.5 m roll1 + (0.1 m - 0.1) roll2)^2: dL/dm = (2 * 0.25, 0) at m = 1
     assert taylor == pytest.approx([0.5, 0.0], abs=1e-12)
+    # with c roll1 in the target dL/dm = 0.5 - c: at c = 1 it is as steep the other way
+    other = {"call": ((x,), {}), "target": x + x.roll(1, 1) + 0.1 * x.roll(2, 1)}
+    assert Taylor().scores(net, found, [other]) == pytest.approx([0.5, 0.0], abs=1e-12)
+    assert Taylor().scores(net, found, [batch, other]) == pytest.approx([0.5, 0.0], abs=1e-12)
     with pytest.raises(ValueError, match="uniform_calls"):
         Taylor().scores(net, found, [{"call": ((x,), {})}])
     with pytest.raises(ValueError, match="uniform_calls"):
@@ -184,6 +199,10 @@ def test_other_criteria_in_closed_form():
     net, x = parallel([0.5, 2.0]), white()
     found, rows = units(net), [{"call": ((x,), {})}]
     assert Magnitude().scores(net, found, rows) == pytest.approx([0.5, 2.0])
+    line = Residual(nn.Linear(1, 1))
+    with torch.no_grad():
+        line.branches[0].weight.fill_(-2.0), line.branches[0].bias.fill_(1.5)
+    assert Magnitude().scores(line, units(line), []) == [3.5]
     # the block's out is x + .5 roll1 + 2 roll2, norms^2 5.25; without the first 5, inner product 5
     cos = [5 / (5.25 * 5) ** 0.5, 1.25 / (5.25 * 1.25) ** 0.5]
     got = BlockInfluence().scores(net, found, rows)
@@ -273,6 +292,22 @@ def test_keep_one_removes_nothing():
     assert torch.equal(run(model, calls_of(model)[0]), before)
     assert handle.report()["measured_error"] == 0
     assert handle.objective(copy.deepcopy(model)) is None
+
+
+def test_what_goes_needlessly_is_put_back_best_first():
+    """Blocks 1 and 2 are worth least; without all of either its label embedding goes too."""
+    model = tiny_dit()
+    first, *rest = (f"transformer_blocks.{i}" for i in range(3))
+    values = {f"{first}.attn1": 100.0, f"{first}.ff": 100.0}
+    for i, block in enumerate(rest):
+        values |= {f"{block}.attn1": 1.0 + i, f"{block}.ff": 3.0 + i}
+    drop = sum(u.params for u in units(model) if u.block in rest)
+    handle = LaptopDiff(keep=1 - drop / parameters(model), criterion=Given(values)).attach(model)
+    handle.observe(calls_of(model, 1))
+    # one embedding pays for one attention layer: the better one stays
+    assert handle.removed == [f"{rest[0]}.attn1", f"{rest[0]}.ff", f"{rest[1]}.ff"]
+    assert handle.report()["predicted_error"] == 1 + 3 + 4
+    assert handle.report()["parameters_before"] - handle.report()["parameters"] >= drop
 
 
 def test_error_grows_as_less_is_kept():
@@ -667,11 +702,11 @@ def test_matched_terms_sum_to_the_output_term():
 
 def test_task_and_output_terms():
     objective = NormalizedFeatureDistillation(staged(2), staged(1), [], weights=(3, 5, 1))
-    loss = objective.loss("student", {"call": ((X,), {}), "target": torch.zeros_like(X)})
+    loss = objective.loss("student", {"call": ((X,), {}), "target": -X})
     power = float(X.square().mean())
-    assert float(loss.terms["task"]) == pytest.approx(3 * power)
-    assert float(loss.terms["output"]) == pytest.approx(5 * power)
-    assert float(loss.total) == pytest.approx(8 * power)
+    terms = {k: float(v.detach()) for k, v in loss.terms.items()}
+    assert terms == pytest.approx({"task": 3 * 4 * power, "output": 5 * power})
+    assert float(loss.total.detach()) == pytest.approx(17 * power)
     with pytest.raises(ValueError, match="recorded `call`"):
         objective.loss("student", {"x0": X})
 
@@ -761,6 +796,24 @@ def test_healing_lowers_the_loss_and_leaves_the_teacher(make):
     assert all(torch.equal(v, kept[k]) for k, v in teacher.state_dict().items())
     assert not any(m._forward_hooks for m in model.modules())
     assert not any(m._forward_hooks for m in teacher.modules())
+
+
+def test_fresh_noise_is_what_the_network_should_answer():
+    import effuse
+
+    spoil = UniformNoise(effuse.wrap(tiny_sd()).bare)
+    text = torch.randn(64, 5, 32)
+    batch = {"x0": torch.zeros(64, 4, 8, 8), "encoder_hidden_states": text}
+    (args, kwargs), noise = spoil(batch, torch.Generator().manual_seed(0))
+    assert kwargs["encoder_hidden_states"] is text
+    t = kwargs["timestep"]
+    assert t.min() < 60
+    assert t.max() > 940
+    # of nothing there is left sigma noise, and sigma rises with t
+    sigma = (args[0] * noise).flatten(1).sum(1) / noise.square().flatten(1).sum(1)
+    torch.testing.assert_close(args[0], sigma.reshape(-1, 1, 1, 1) * noise)
+    assert noise.std() == pytest.approx(1, abs=0.02)
+    assert (sigma[t.argsort()].diff() >= 0).all()
 
 
 def test_healing_from_clean_samples():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import time
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ import effuse
 from effuse.bridge.table import answer_for, predict
 from effuse.compress.calibrate import (
     PROMPTS,
+    Recording,
     calls_from_pipeline,
     network_of,
     record,
@@ -208,6 +210,18 @@ def test_kinds_are_found_by_type():
     assert {u.kind for u in only} == {"attn2"}
 
 
+@pytest.mark.parametrize("scale", [2.0, 0.5**0.5])
+def test_blocks_that_scale_their_sum(scale):
+    """Both parts of (skip + branch) / scale are scaled: what stays still is."""
+    model = tiny_unet(mid_block_scale_factor=scale)
+    call, found = _call("unet"), [u for u in units(model) if "mid_block" in u.name]
+    assert {u.kind for u in found} == {"conv", "attn1"}
+    with branches(model, found, lambda name, value: torch.zeros_like(value)):
+        masked = run(model, call)
+    with without(model, [u.name for u in found]):
+        torch.testing.assert_close(run(model, call), masked, rtol=1e-5, atol=1e-5)
+
+
 def test_resampling_residual_blocks():
     model = tiny_unet(
         down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
@@ -235,9 +249,18 @@ def test_a_network_of_your_own():
         torch.testing.assert_close(model(x), model[1](x))
 
 
-def test_measured_time_is_of_this_machine():
-    model, call = tiny_dit(), _call("dit")
-    assert all(ms >= 0 for ms in unit_milliseconds(model, units(model)[:1], call, repeats=1))
+class Sleep(nn.Linear):
+    def forward(self, x):
+        time.sleep(0.02)
+        return super().forward(x)
+
+
+def test_measured_time_is_what_a_unit_takes():
+    model = Residual(Sleep(2, 2), nn.Linear(2, 2))
+    call = ((torch.ones(1, 2),), {})
+    slow, fast = unit_milliseconds(model, units(model), call, repeats=3)
+    assert 15 < slow < 200
+    assert 0 <= fast < 15
 
 
 # ---- calibration
@@ -276,6 +299,17 @@ def test_reservoir_is_seeded_and_streams(tmp_path):
         assert ka.keys() == kb.keys()
     times = [int(a[1]) for a, _ in one]
     assert len(set(times)) > 1
+
+
+def test_every_call_is_as_likely_to_be_kept():
+    counts = torch.zeros(12)
+    for seed in range(600):
+        kept = Recording(limit=3, seed=seed)
+        for i in range(12):
+            kept.add((i,), {})
+        counts[[args[0] for args, _ in kept]] += 1
+    # 3 of 12 is a quarter; five standard deviations of a count of 600
+    assert (counts / 600 - 0.25).abs().max() < 5 * (0.25 * 0.75 / 600) ** 0.5
 
 
 def test_uniform_calls_cover_the_range_and_know_the_target():

@@ -74,8 +74,10 @@ __all__ = [
     paper="LAPTOP-Diff: Layer Pruning and Normalized Distillation for Compressing Diffusion Models",
     year=2024,
     buys="a network with any share of its layers gone, chosen by itself, in one pass",
-    missing="the paper's feature normalizer is not public, ours is the teacher's mean square; six "
-    "numbers per channel of a PixArt block's modulation table stay when its layers go",
+    missing="the paper's feature normalizer is not public, ours is the teacher's mean square; what "
+    "units free together is put to use after the knapsack, not within it; six numbers per channel "
+    "of a PixArt block's modulation table stay when its layers go; the second attention of SD3.5 "
+    "medium is not a unit; PickScore and days of retraining on SDXL have not been tried",
 )
 @dataclass(frozen=True)
 class LaptopDiff(Transform):
@@ -93,6 +95,9 @@ class LaptopDiff(Transform):
     criterion: `OutputError` is the paper's. floors: fraction of the units of a kind that stays
     whatever they score, {"attn2": 0.5}: without cross-attention a network forgets its prompt though
     the error looks small. where: units that may go.
+
+    Parameters that serve two units only (the label embedding of a DiT block) go with the last one;
+    what this frees beyond need puts the best of the removed units back.
 
     Scores depend on the law of t and on guidance: the paper's are taken with t uniform and without
     guidance, as `effuse.compress.calibrate.uniform_calls` gives them.
