@@ -199,10 +199,13 @@ def test_other_criteria_in_closed_form():
     net, x = parallel([0.5, 2.0]), white()
     found, rows = units(net), [{"call": ((x,), {})}]
     assert Magnitude().scores(net, found, rows) == pytest.approx([0.5, 2.0])
-    line = Residual(nn.Linear(1, 1))
+    line = Residual(nn.Linear(1, 2))
     with torch.no_grad():
-        line.branches[0].weight.fill_(-2.0), line.branches[0].bias.fill_(1.5)
-    assert Magnitude().scores(line, units(line), []) == [3.5]
+        (
+            line.branches[0].weight.copy_(torch.tensor([[1.0], [-2.0]])),
+            line.branches[0].bias.fill_(-1),
+        )
+    assert Magnitude().scores(line, units(line), []) == [5.0]
     # the block's out is x + .5 roll1 + 2 roll2, norms^2 5.25; without the first 5, inner product 5
     cos = [5 / (5.25 * 5) ** 0.5, 1.25 / (5.25 * 1.25) ** 0.5]
     got = BlockInfluence().scores(net, found, rows)
