@@ -10,6 +10,9 @@ import torch
 
 from effuse.core import Gaussian, Mixture, Solver, methods, sample
 from effuse.processes import VE, Cosine, Flow, Linear, SubVP, Tabulated, Uniform
+from effuse.solvers.momentum import HeavyBall, Momentum
+from effuse.solvers.plms import PLMS
+from effuse.solvers.unipc import UniPC
 
 SOLVERS = {
     f"{card.name}-{cls.__name__}": made
@@ -59,21 +62,44 @@ def even(process, steps: int) -> torch.Tensor:
     return t if isinstance(process, (Flow, Cosine, SubVP)) else t**2
 
 
-@pytest.mark.parametrize("name", ["cosine", "flow", "linear", "ve"])
-def test_order(fixed, name):
-    """The declared order, from t = 1 to 0: halving the steps divides the error by 2^order."""
-    solver = fixed
-    process = PROCESSES[name]
+# Orders other than those of the examples.
+MORE = [
+    *(PLMS(k) for k in (1, 3, 4, 5)),
+    *(Momentum(k, 0.7) for k in (1, 3, 5)),
+    UniPC(1, corrector=False),
+    UniPC(2, corrector=False),
+    UniPC(3),
+    UniPC(3, corrector=False),
+    HeavyBall(1.0, PLMS(3)),
+    HeavyBall(0.7, UniPC(3)),
+]
+
+
+def slope(solver, process, *counts: int) -> tuple[float, list[float]]:
+    """Return the order measured from t = 1 to 0, and the errors: every start and end included."""
     model = Gaussian(process, 0.4, 0.6)
-    x = process.prior((64, 2), dtype=torch.float64, rng=torch.Generator().manual_seed(0))
+    x = process.prior((16, 2), dtype=torch.float64, rng=torch.Generator().manual_seed(0))
     truth = model.transport(x, 1.0, 0.0)
-    counts = [64, 128, 256, 512, 1024]
     errors = [
         (sample(model, solver, x, even(process, n)) - truth).abs().max().item() for n in counts
     ]
-    slope = math.log2(errors[1] / errors[-1]) / math.log2(counts[-1] / counts[1])
+    return math.log(errors[0] / errors[1], counts[1] / counts[0]), errors
+
+
+@pytest.mark.parametrize("name", ["cosine", "flow", "linear", "ve"])
+def test_order(fixed, name):
+    """The declared order, from t = 1 to 0: halving the steps divides the error by 2^order."""
+    found, errors = slope(fixed, PROCESSES[name], 128, 1024)
     # Multistep in log SNR loses a logarithm where the log SNR is infinite at an end.
-    assert slope > solver.order - 0.3, (errors, slope)
+    assert found > fixed.walk_order - 0.3, (errors, found)
+
+
+@pytest.mark.parametrize("solver", MORE, ids=repr)
+def test_order_of_a_whole_walk(solver):
+    assert solver.walk_order == min(solver.order, 2)
+    for name in ("flow", "linear"):
+        found, errors = slope(solver, PROCESSES[name], 96, 384)
+        assert found > solver.walk_order - 0.3, (name, errors, found)
 
 
 def test_moments(random):
@@ -105,11 +131,17 @@ def test_finite_from_one_to_zero(solver, name):
         assert out.shape == x.shape
 
 
-def test_identity_from_t_to_t(solver):
-    model = Gaussian(Cosine(), 0.4, 0.6)
+@pytest.mark.parametrize("name", PROCESSES)
+def test_identity_from_t_to_t(solver, name):
+    """Also at pure noise and at clean data, where ratios of the coefficients are 0 / 0."""
+    process = PROCESSES[name]
+    model = Gaussian(process, 0.4, 0.6)
     x = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    out = solver.step(model, x, 0.5, 0.5, solver.init(x), rng=torch.Generator()).x
-    torch.testing.assert_close(out, x, rtol=1e-12, atol=1e-12)
+    for t in (0.0, 0.5, 1.0, torch.tensor([0.0, 0.5, 1.0, 1.0], dtype=torch.float64)):
+        state = solver.init(x)
+        for _ in range(2):
+            out, state = solver.step(model, x, t, t, state, rng=torch.Generator())
+            torch.testing.assert_close(out, x, rtol=1e-9, atol=1e-9)
 
 
 def test_batched_times_equal_single_ones(fixed):

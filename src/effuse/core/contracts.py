@@ -183,6 +183,11 @@ class Solver(ABC):
     evals: ClassVar[int] = 1
     stochastic = False
 
+    @property
+    def walk_order(self) -> int:
+        """Order of a whole walk from t = 1 to 0: below `order` where its start or ends cap it."""
+        return self.order
+
     def init(self, x: Tensor) -> Any:
         """Return the state before the first step."""
         return None

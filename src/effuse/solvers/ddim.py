@@ -13,18 +13,21 @@ from effuse.core.method import method
 from effuse.ops.tensors import expand_as, randn_like
 
 
+def shrink(process: Process, t: Time, s: Time) -> Tensor:
+    """Return r_s / r_t, r = sigma / alpha, () or (B,); one where a step stays at either end."""
+    above, below = process.sigma(s) * process.alpha(t), process.alpha(s) * process.sigma(t)
+    return torch.where(below == 0, 1.0, above / torch.where(below == 0, 1.0, below))
+
+
 def fresh_noise(process: Process, t: Time, s: Time, eta: float) -> tuple[Tensor, Tensor]:
     """Split sigma_s into a kept and a fresh part for a step from level `t` to `s` < `t`.
 
-    fresh = eta (sigma_s / sigma_t) sqrt(1 - (alpha_t sigma_s / (alpha_s sigma_t))^2 ... ) such that
-    eta = 1 is the reverse transition of the process (DDPM) and kept^2 + fresh^2 = sigma_s^2:
+    fresh^2 = eta^2 sigma_s^2 (1 - (r_s / r_t)^2),   kept^2 = sigma_s^2 - fresh^2,
 
-        fresh^2 = eta^2 sigma_s^2 (1 - (r_s / r_t)^2) (for VP this is Song's posterior variance),
-        r = sigma / alpha.
+    r = sigma / alpha; eta = 1 is the reverse transition (for VP, DDPM's posterior variance).
     """
     sigma_s = process.sigma(s)
-    ratio = sigma_s * process.alpha(t) / (process.sigma(t) * process.alpha(s))  # r_s / r_t
-    fresh = eta * sigma_s * (1 - ratio.square()).clamp_min(0).sqrt()
+    fresh = eta * sigma_s * (1 - shrink(process, t, s).square()).clamp_min(0).sqrt()
     return (sigma_s.square() - fresh.square()).clamp_min(0).sqrt(), fresh
 
 

@@ -13,6 +13,9 @@ from effuse.core.errors import check_fraction
 from effuse.core.method import method
 from effuse.ops.tensors import expand_as, randn_like
 
+from .ddim import shrink
+from .multistep import along_data, kept
+
 
 class Past(NamedTuple):
     """The previous prediction of x0, (B, *), and the step in log SNR / 2 it was made for."""
@@ -26,16 +29,20 @@ def half_logsnr(process: Process, t: Time) -> Tensor:
     return process.logsnr(t) / 2
 
 
-def extrapolate(x0: Tensor, past: Past | None, h: Tensor) -> Tensor:
-    """Return x0 + h / (2 h') (x0 - x0'): the data prediction at the middle of the coming step.
+def midpoint(
+    process: Process, x0: Tensor, t: Time, s: Time, past: Past | None
+) -> tuple[Tensor, Tensor, Past]:
+    """Return D = x0 + h / (2 h') (x0 - x0'), the data at the middle of the step from `t` to `s`.
 
-    First order (x0 itself) without a past, and where a step in log SNR is infinite.
+    Also where D is of second order, and the past of the next step. First order (x0 itself) without
+    a past, and where a step in log SNR is infinite or nothing.
     """
+    x0, h = kept(x0), half_logsnr(process, s) - half_logsnr(process, t)
     if past is None:
-        return x0
-    gain = torch.nan_to_num(h / past.h / 2, nan=0.0, posinf=0.0, neginf=0.0)
-    gain = torch.where(torch.isfinite(h) & torch.isfinite(past.h), gain, torch.zeros_like(gain))
-    return x0 + expand_as(gain, x0) * (x0 - past.x0)
+        return x0, torch.zeros_like(h, dtype=torch.bool), Past(x0, h)
+    high = h.isfinite() & past.h.isfinite() & (past.h != 0)
+    gain = torch.where(high, h / past.h / 2, 0.0)
+    return x0 + expand_as(gain, x0) * (x0 - past.x0), high, Past(x0, h)
 
 
 @method("dpmpp", paper="DPM-Solver++", year=2022)
@@ -62,16 +69,9 @@ class DPMpp2M(Solver):
         rng: torch.Generator | None = None,
     ) -> Step:
         """See `Solver.step`."""
-        process = denoiser.process
-        x0 = denoiser(x, t).x0
-        h = half_logsnr(process, s) - half_logsnr(process, t)
-        data = extrapolate(x0, state, h)
-        keep = process.sigma(s) / process.sigma(t)
-        # alpha_s (1 - e^-h) without logarithms: nothing special at either end.
-        gain = process.alpha(s) - keep * process.alpha(t)
-        center_t, center_s = (expand_as(process.shift(u), x) for u in (t, s))
-        out = expand_as(keep, x) * (x - center_t) + expand_as(gain, x) * data + center_s
-        return Step(out, Past(x0, h))
+        process, pred = denoiser.process, denoiser(x, t)
+        data, _, past = midpoint(process, pred.x0, t, s, state)
+        return Step(along_data(process, x, t, s, pred, data), past)
 
 
 @method("dpmpp")
@@ -105,16 +105,14 @@ class DPMpp2MSDE(Solver):
     ) -> Step:
         """See `Solver.step`."""
         process = denoiser.process
-        x0 = denoiser(x, t).x0
-        h = half_logsnr(process, s) - half_logsnr(process, t)
-        data = extrapolate(x0, state, h)
+        data, _, past = midpoint(process, denoiser(x, t).x0, t, s, state)
         sigma_t, sigma_s = process.sigma(t), process.sigma(s)
-        # e^-h = r_s / r_t, finite at pure noise and zero at clean data
-        shrink = (sigma_s * process.alpha(t)) / (process.alpha(s) * sigma_t)
-        calm = shrink**self.eta
-        keep = sigma_s / sigma_t * calm
-        gain = process.alpha(s) * (1 - shrink * calm)
+        ratio = shrink(process, t, s)  # e^-h, finite at pure noise and zero at clean data
+        calm = ratio**self.eta
+        keep = torch.where(sigma_t == 0, 1.0, sigma_s / torch.where(sigma_t == 0, 1.0, sigma_t))
+        gain = process.alpha(s) * (1 - ratio * calm)
         fresh = sigma_s * (1 - calm.square()).clamp_min(0).sqrt()
         center_t, center_s = (expand_as(process.shift(u), x) for u in (t, s))
-        out = expand_as(keep, x) * (x - center_t) + expand_as(gain, x) * data + center_s
-        return Step(out + expand_as(fresh, x) * randn_like(x, rng), Past(x0, h))
+        out = expand_as(keep * calm, x) * (x - center_t) + center_s
+        out = out + (expand_as(gain, data) * data).to(x.dtype)
+        return Step(out + expand_as(fresh, x) * randn_like(x, rng), past)

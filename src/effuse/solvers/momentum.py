@@ -14,7 +14,7 @@ from effuse.core.errors import check_fraction
 from effuse.core.method import method
 from effuse.ops.tensors import expand_as
 
-from .dpmpp import DPMpp2M, Past, extrapolate, half_logsnr
+from .dpmpp import DPMpp2M, midpoint
 from .multistep import along_data, along_noise, combine, kept, weights
 from .plms import PLMS
 from .unipc import UniPC, carried
@@ -38,8 +38,8 @@ class Momentum(Solver):
     y = x / alpha, r = sigma / alpha; v starts at the first noise. Wider stability region, larger
     error constant: for y' = l y stable at -(2 - beta) < (r_s - r_t) l < 0 for order 2.
 
-    order: 1..5, of convergence (after a low-order start, at most 2; the weights are those of equal
-        steps in r, as in the paper).
+    order: 1..5, of equal steps in r with the past given. The low-order start and the weights, which
+        are those of equal steps on any grid, as in the paper, cap that of a whole walk at 2.
     beta: damping in (0, 1], 1 is `PLMS(order)`. Left out, `order` is read as the paper's real
         number: 2.7 is order 3 with beta 0.7, 2 is order 2 with beta 1. Mind that 1.0 is DDIM, while
         0.99 is smoothed.
@@ -63,6 +63,11 @@ class Momentum(Solver):
             )
         check_fraction("beta", self.damping)
         object.__setattr__(self, "order", whole)
+
+    @property
+    def walk_order(self) -> int:
+        """At most two: the start and uneven steps in r cap it."""
+        return min(int(self.order), 2)
 
     @property
     def damping(self) -> float:
@@ -154,6 +159,11 @@ class HeavyBall(Solver):
         """One, or that of the base at beta = 1."""
         return self.base.order if self.beta == 1 else 1
 
+    @property
+    def walk_order(self) -> int:
+        """That of the base at most."""
+        return min(self.order, self.base.walk_order)
+
     def step(
         self,
         denoiser: Denoiser,
@@ -197,12 +207,7 @@ class HeavyBall(Solver):
         if isinstance(base, UniPC):
             data, high = base.direction(process, pred.x0, t, s, past)
             return data, high, past
-        h = half_logsnr(process, s) - half_logsnr(process, t)
-        x0 = kept(pred.x0)
-        high = torch.zeros_like(h, dtype=torch.bool)
-        if past is not None:
-            high = h.isfinite() & past.h.isfinite()
-        return extrapolate(x0, past, h), high, Past(x0, h)
+        return midpoint(process, pred.x0, t, s, past)
 
 
 @method("momentum", example=lambda: Nesterov(0.8))

@@ -27,8 +27,9 @@ class PLMS(Solver):
 
     y_s = y_t + (r_s - r_t) sum_j w_j noise_{n-j};  w = 1 | 3/2, -1/2 | 23, -16, 5 over 12 | ...
 
-    The first steps use what there is (order 1, 2, ...), so from a cold start the error falls like
-    h^2 at best. The weights are those of equal steps in r, as in the paper, on any grid.
+    The first steps use what there is (order 1, 2, ...), and the weights are those of equal steps in
+    r on any grid, as in the paper: the error of a whole walk falls like h^2 at best (`walk_order`).
+    Above two, `order` is that of equal steps with the past given.
 
     `order` in 1..5; 1 is deterministic DDIM.
     """
@@ -38,6 +39,11 @@ class PLMS(Solver):
     def __post_init__(self) -> None:
         """Check the order."""
         check_choice("order", self.order, (1, 2, 3, 4, 5))
+
+    @property
+    def walk_order(self) -> int:
+        """At most two: the start and uneven steps in r cap it."""
+        return min(self.order, 2)
 
     def direction(
         self, noise: Tensor, past: tuple[Tensor, ...] | None

@@ -87,6 +87,11 @@ class UniPC(Solver):
         """Check the order."""
         check_choice("order", self.order, (1, 2, 3))
 
+    @property
+    def walk_order(self) -> int:
+        """At most two: steps from pure noise and to clean data are of first order."""
+        return min(self.order, 2)
+
     def direction(
         self, process: Process, x0: Tensor, t: Time, s: Time, trail: Trail | None
     ) -> tuple[Tensor, Tensor]:
