@@ -211,6 +211,19 @@ class TestGrids:
         index = process.index_at(grid(process, steps)[:-1]).round().long()
         assert index.tolist() == theirs.timesteps.tolist()
 
+    @pytest.mark.parametrize(("name", "grid"), [("karras", Karras()), ("beta", Beta())])
+    @pytest.mark.parametrize("steps", [2, 5, 20])
+    def test_sigma_spacings_are_those_of_diffusers(self, name, grid, steps):
+        from diffusers import EulerDiscreteScheduler
+
+        theirs = EulerDiscreteScheduler(beta_end=0.02, **{f"use_{name}_sigmas": True})
+        theirs.set_timesteps(steps)
+        process = table()
+        t = grid(process, steps)
+        torch.testing.assert_close(
+            process.sigma(t) / process.alpha(t), theirs.sigmas.double(), rtol=1e-4, atol=1e-6
+        )
+
     def test_last(self):
         process = table(100)
         assert Leading(last="clean")(process, 10)[-1] == 0
@@ -225,8 +238,29 @@ class TestGrids:
             Trailing()(table(10), 11)
         with pytest.raises(ValueError, match="expected 4"):
             Levels((1.0, 0.0))(Linear(), 3)
-        with pytest.raises(ValueError, match="infinite"):
-            UniformLogSNR(start=1.0)(Cosine(), 4)
+        for start, end in ((1.0, 0.1), (0.9, 0.0)):
+            with pytest.raises(ValueError, match="infinite"):
+                UniformLogSNR(start, end)(Cosine(), 4)
+        for grid in (Uniform, UniformLogSNR, Karras, Beta):
+            for start, end in ((1.5, 0.1), (0.3, 0.4), (0.9, -0.1), (float("nan"), 0.1)):
+                with pytest.raises(ValueError, match="expected 0 <= end < start <= 1"):
+                    grid(start=start, end=end)
+        for times in ((1.2, 0.0), (1.0, 0.5, 0.5), (1.0,), (0.5, float("nan"))):
+            with pytest.raises(ValueError, match="falling levels"):
+                Levels(times)
+        with pytest.raises(ValueError, match="rho=0"):
+            Karras(rho=0)
+        with pytest.raises(ValueError, match="b=-1"):
+            Beta(b=-1)
+        with pytest.raises(ValueError, match="above zero"):
+            Karras()(Cosine(), 4)  # pure noise has no finite sigma / alpha
+
+    def test_bad_deviations(self):
+        for std in (-0.1, float("nan"), [0.1, -0.2]):
+            with pytest.raises(ValueError, match="deviations, zero or above"):
+                Gaussian(Linear(), 0.0, std)
+        with pytest.raises(ValueError, match="deviations, zero or above"):
+            Mixture(Linear(), torch.zeros(2, 2), -0.1)
 
 
 class Half(Operator):

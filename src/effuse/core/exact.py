@@ -15,6 +15,13 @@ from effuse.core.contracts import Denoiser, Prediction, Process, Time
 from effuse.ops.tensors import expand_as
 
 
+def _deviation(std: Tensor | float) -> Tensor:
+    std = torch.as_tensor(std, dtype=torch.float64)
+    if not ((std >= 0) & std.isfinite()).all():
+        raise ValueError(f"std={std.tolist()!r}: expected finite deviations, zero or above")
+    return std
+
+
 class Gaussian(Denoiser):
     """Normal data with independent coordinates, x0 ~ N(mean, std^2).
 
@@ -34,7 +41,7 @@ class Gaussian(Denoiser):
         super().__init__()
         self.process = process
         self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float64))
-        self.register_buffer("std", torch.as_tensor(std, dtype=torch.float64))
+        self.register_buffer("std", _deviation(std))
 
     def _law(self, x: Tensor, t: Time) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         alpha, sigma, shift = (expand_as(c, x) for c in self.process.coefficients(t))
@@ -95,7 +102,7 @@ class Mixture(Denoiser):
         self.process = process
         weights = weights.double()
         self.register_buffer("means", means.double())
-        self.register_buffer("std", torch.as_tensor(std, dtype=torch.float64).expand(count).clone())
+        self.register_buffer("std", _deviation(std).expand(count).clone())
         self.register_buffer("log_weights", (weights / weights.sum()).log())
         labels = torch.arange(count) if labels is None else torch.as_tensor(labels)
         self.register_buffer("labels", labels.long())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -31,6 +32,7 @@ class Grid(ABC):
         """
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps={steps!r}: expected a positive integer")
+        # only roundings are clamped: the ends were checked when the grid was made
         return self.levels(process, steps).double().clamp(0, 1)
 
     @abstractmethod
@@ -38,11 +40,21 @@ class Grid(ABC):
         """Return the levels; `steps` has been checked."""
 
 
+def _check_ends(start: float, end: float) -> None:
+    if not 0 <= end < start <= 1:
+        raise ValueError(f"start={start!r}, end={end!r}: expected 0 <= end < start <= 1")
+
+
 @dataclass(frozen=True)
 class Levels(Grid):
     """The levels themselves, as trained few-step weights ask for them."""
 
     times: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Check the levels."""
+        if not all(1 >= t > s >= 0 for t, s in pairwise(self.times)) or len(self.times) < 2:
+            raise ValueError(f"times={self.times!r}: expected two or more falling levels in [0, 1]")
 
     def levels(self, process: Process, steps: int) -> Tensor:
         """Return them; their number must fit."""
@@ -58,6 +70,10 @@ class Uniform(Grid):
     start: float = 1.0
     end: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Check the ends."""
+        _check_ends(self.start, self.end)
+
     def levels(self, process: Process, steps: int) -> Tensor:
         """Return an even division."""
         return torch.linspace(self.start, self.end, steps + 1, dtype=torch.float64)
@@ -65,15 +81,14 @@ class Uniform(Grid):
 
 @dataclass(frozen=True)
 class UniformLogSNR(Grid):
-    """Equal steps in log SNR from `start` to `end`, both inside (0, 1), then one to clean data."""
+    """Equal steps in log SNR from `start` to `end`, where it is finite, then one to clean data."""
 
     start: float = 0.999
     end: float = 0.001
 
     def __post_init__(self) -> None:
         """Check the ends."""
-        if not 0 < self.end < self.start <= 1:
-            raise ValueError(f"start={self.start}, end={self.end}: expected 0 < end < start <= 1")
+        _check_ends(self.start, self.end)
 
     def levels(self, process: Process, steps: int) -> Tensor:
         """Return `steps` even levels and zero."""
@@ -107,8 +122,9 @@ class Karras(Grid):
     end: float = 0.001
 
     def __post_init__(self) -> None:
-        """Check the exponent."""
+        """Check exponent and ends."""
         check_positive("rho", self.rho)
+        _check_ends(self.start, self.end)
 
     def levels(self, process: Process, steps: int) -> Tensor:
         """Return `steps` levels and zero."""
@@ -128,9 +144,10 @@ class Beta(Grid):
     end: float = 0.001
 
     def __post_init__(self) -> None:
-        """Check the law."""
+        """Check law and ends."""
         check_positive("a", self.a)
         check_positive("b", self.b)
+        _check_ends(self.start, self.end)
 
     def levels(self, process: Process, steps: int) -> Tensor:
         """Return `steps` levels and zero."""
