@@ -2,15 +2,14 @@
 
     pipe.scheduler = effuse.scheduler("momentum", pipe.scheduler)
 
-A pipeline calls the network itself and hands in one output after another. The scheduler records
-them and re-runs the solver's own `step` on the record until it stops asking for more, so a solver
-with several evaluations a step needs no second implementation.
+A pipeline calls the network itself and hands in one output after another; `Replay` runs the solver
+on them. Here is what diffusers wants besides: config, levels, labels, noise.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,11 +22,13 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from effuse import processes
-from effuse.core import Denoiser, Prediction, Process, Solver, Step, Time, methods
+from effuse.core import Prediction, Solver, Time, methods
 from effuse.core.fields import build, dump_fields, nearest
 from effuse.ops import expand_as
+from effuse.ops.tensors import require_finite
 from effuse.processes import Flow, Grid, Tabulated
 
+from .replay import Replay, levels_asked
 from .table import Schedule, Walk, predict, solver_named
 
 __all__ = ["SolverOutput", "SolverScheduler", "scheduler"]
@@ -106,58 +107,6 @@ def _grid_class(name: str) -> type[Grid]:
     return getattr(processes, name)
 
 
-class _Ask(Exception):
-    """The solver asks for a prediction at x that is not on record yet."""
-
-    def __init__(self, x: Tensor, t: Time):
-        super().__init__("not on record yet")
-        self.x, self.t = x, t
-
-
-class _Replay(Denoiser):
-    """Answers from a record of network outputs, in the order they were asked."""
-
-    def __init__(self, schedule: Schedule, seen: Sequence[Tensor], outputs: Sequence[Tensor]):
-        super().__init__()
-        self.schedule, self.process = schedule, schedule.process
-        self.record = list(zip(seen, outputs, strict=True))
-        self.count, self.last = 0, torch.empty(0)
-
-    def forward(self, x: Tensor, t: Time, **cond: Any) -> Prediction:
-        """Return the next prediction on record, or raise `_Ask`."""
-        if self.count == len(self.record):
-            raise _Ask(x, t)
-        seen, output = self.record[self.count]
-        self.count += 1
-        pair = predict(self.schedule.kind, output, seen, t, self.process, self.schedule.clip)
-        self.last = pair.x0
-        return pair
-
-
-class _Probe(Denoiser):
-    """Notes the levels at which it is asked."""
-
-    def __init__(self, process: Process):
-        super().__init__()
-        self.process, self.asked = process, []  # type: ignore[var-annotated]
-
-    def forward(self, x: Tensor, t: Time, **cond: Any) -> Prediction:
-        """Note the level."""
-        self.asked.append(float(t))
-        return Prediction(torch.zeros_like(x), x)
-
-
-@dataclass
-class _Draws:
-    """A generator for some rows, and its state before the current step."""
-
-    rows: slice
-    rng: torch.Generator | None
-    mark: Tensor | None
-    state: Any = None
-    begun: bool = False
-
-
 class SolverScheduler(SchedulerMixin, ConfigMixin):
     """A solver in the form diffusers pipelines want.
 
@@ -213,10 +162,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         """Drop everything of a run but its levels."""
         self._at: int | None = None  # position in the plan of what comes in next
         self._begin_index: int | None = None
-        self._draws: list[_Draws] = []
-        self._x: Tensor | None = None
-        self._seen: list[Tensor] = []
-        self._outputs: list[Tensor] = []
+        self._replay: Replay | None = None
         # of a half precision run: what was given out, and what it was rounded from
         self._given: Tensor | None = None
         self._kept: Tensor | None = None
@@ -346,26 +292,13 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         return float(schedule.process.sigma(levels[0])) if schedule.flow else 1.0
 
     def _asked(self, walk: Walk) -> tuple[list[tuple[int, int]], Tensor]:
-        """Return (step, evaluation) of every call, and its label, from a run on nothing."""
-        steps = len(walk.labels)
-        if self.solver.evals == 1:
-            return [(i, 0) for i in range(steps)], walk.labels
-        probe = _Probe(self.schedule.process)
-        x = torch.zeros(1, 1, 8, 8, dtype=torch.float64)
-        state, rng = self.solver.init(x), torch.Generator()
+        """Return (step, evaluation) of every call, and its label."""
+        asked = levels_asked(self.solver, self.schedule.process, walk.levels)
+        plan = [(i, e) for i, levels in enumerate(asked) for e in range(len(levels))]
+        if len(plan) == len(walk.labels):
+            return plan, walk.labels
         on_grid = {float(t): label for t, label in zip(walk.levels, walk.labels, strict=False)}
-        plan, labels = [], []
-        for i, (t, s) in enumerate(zip(walk.levels, walk.levels[1:], strict=False)):
-            probe.asked.clear()
-            x, state = self.solver.step(probe, x, t, s, state, rng=rng)
-            if not probe.asked or probe.asked[0] != float(t):
-                raise ValueError(
-                    f"{type(self.solver).__name__} asks first at another level than the one it is "
-                    "at: no pipeline can drive it, use effuse.sample"
-                )
-            for e, level in enumerate(probe.asked):
-                plan.append((i, e))
-                labels.append(on_grid.get(level, self.schedule.label(level)))
+        labels = [on_grid.get(t, self.schedule.label(t)) for levels in asked for t in levels]
         listed = torch.stack([torch.as_tensor(label) for label in labels])
         return plan, listed if walk.labels.dtype == listed.dtype else listed.float()
 
@@ -398,6 +331,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
 
         Raises:
             ValueError: no run was set, the timestep is not the next one, or `eta` is given.
+            FloatingPointError: the output, or what comes of it, has a NaN or an infinity.
         """
         if self._walk is None:
             raise ValueError("no run: call set_timesteps first")
@@ -408,14 +342,14 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             )
         at = self._first(timestep) if self._at is None else self._at
         self._check(at, timestep)
-        index, evaluation = self._plan[at]
-        x = self._full(sample)
-        if evaluation == 0:
-            self._x, self._seen, self._outputs = x, [], []
-            self._mark(generator, x)
-        self._seen.append(x)
-        self._outputs.append(model_output)
-        out, x0, done = self._run(index)
+        index = self._plan[at][0]
+        step = f"step {index} of {type(self.solver).__name__}, timestep {float(timestep):g}"
+        require_finite(model_output, f"{step}, the network's output")
+        if self._replay is None:
+            self._replay = Replay(self.solver, self.schedule.process, self._predict)
+        t, s = self._walk.levels[index], self._walk.levels[index + 1]
+        out, x0, done = self._replay.take(model_output, self._full(sample), t, s, generator)
+        require_finite(out, step)
         self._at = at + 1
         more = self._at < len(self._plan) and self._plan[self._at][0] == index
         if more is done:
@@ -423,10 +357,14 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
                 f"{type(self.solver).__name__} asked for {'fewer' if done else 'more'} evaluations "
                 f"in step {index} than it did on a run on zeros: no pipeline can drive it"
             )
-        given = out.to(sample.dtype)
+        given, x0 = out.to(sample.dtype), x0.to(sample.dtype)
         if given.dtype != out.dtype:
             self._given, self._kept = given, out
-        return SolverOutput(given, x0.to(sample.dtype)) if return_dict else (given, x0)
+        return SolverOutput(given, x0) if return_dict else (given, x0)
+
+    def _predict(self, output: Tensor, x: Tensor, t: Time) -> Prediction:
+        schedule = self.schedule
+        return predict(schedule.kind, output, x, t, schedule.process, schedule.clip)
 
     def _first(self, timestep: Any) -> int:
         begin = self._begin_index
@@ -464,54 +402,6 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             assert kept is not None
             return kept
         return sample.float()
-
-    def _mark(self, generator: Any, x: Tensor) -> None:
-        """Note the generators' states, so that every re-run of this step draws the same."""
-        many = isinstance(generator, (list, tuple)) and len(generator) > 1
-        if isinstance(generator, (list, tuple)) and not many:
-            generator = generator[0]
-        if generator is None and self.solver.stochastic:
-            seed = int(torch.randint(2**62, ()))
-            generator = torch.Generator().manual_seed(seed)
-        if many and self.solver.stochastic:
-            if len(generator) != len(x):
-                raise ValueError(f"{len(generator)} generators for {len(x)} samples")
-            found = [(slice(i, i + 1), g) for i, g in enumerate(generator)]
-        else:
-            found = [(slice(None), None if many else generator)]
-        if len(found) != len(self._draws):
-            self._draws = [_Draws(rows, rng, None) for rows, rng in found]
-        for draws, (_, rng) in zip(self._draws, found, strict=True):
-            draws.rng, draws.mark = rng, None if rng is None else rng.get_state()
-
-    def _run(self, index: int) -> tuple[Tensor, Tensor, bool]:
-        """Re-run the solver's step on the record: what to ask or give next, x0, and if it ended."""
-        assert self._walk is not None
-        assert self._x is not None
-        t, s = self._walk.levels[index], self._walk.levels[index + 1]
-        outs: list[Tensor] = []
-        x0s: list[Tensor] = []
-        done = False
-        for draws in self._draws:
-            rows, rng = draws.rows, draws.rng
-            x = self._x[rows]
-            if not draws.begun:
-                draws.state, draws.begun = self.solver.init(x), True
-            if rng is not None and draws.mark is not None:
-                rng.set_state(draws.mark)
-            replay = _Replay(
-                self.schedule, [a[rows] for a in self._seen], [a[rows] for a in self._outputs]
-            )
-            try:
-                step: Step = self.solver.step(replay, x, t, s, draws.state, rng=rng)
-                draws.state, done = step.state, True
-                outs.append(step.x)
-            except _Ask as ask:
-                if rng is not None and draws.mark is not None:
-                    rng.set_state(draws.mark)
-                outs.append(ask.x)
-            x0s.append(replay.last)
-        return torch.cat(outs), torch.cat(x0s), done
 
     # Noise by label, for training and image to image
 
