@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	@$(BIN)/effuse slim house:emoji --recipe balanced --out demo-out --pictures 24
+	@$(BIN)/effuse slim house:emoji --recipe balanced --out demo-out --pictures 16
 	@$(BIN)/effuse sample demo-out/pipeline "red apple" "blue heart" --steps 12 --out demo-out/after.png
 	@echo "report: $(CURDIR)/demo-out/report/index.html"
 
