@@ -142,3 +142,21 @@ def test_table_entries_are_met_exactly(rng):
 def test_bad_input(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_each_half_gives_the_other(process, rng):
+    x0 = torch.randn(5, 3, dtype=torch.float64, generator=rng)
+    noise, t = randn_like(x0, rng), torch.rand(5, dtype=torch.float64, generator=rng) * 0.9 + 0.05
+    x = process.corrupt(x0, t, noise)
+    for pair in (process.complete(x, t, x0=x0), process.complete(x, t, noise=noise)):
+        torch.testing.assert_close(pair, Prediction(x0, noise), rtol=1e-8, atol=1e-8)
+    with pytest.raises(ValueError, match="expected one of"):
+        process.complete(x, t)
+    with pytest.raises(ValueError, match="sigma = 0"):
+        process.complete(x, 0.0, x0=x0)
+
+
+def test_score_is_the_gradient_of_the_log_density(process, rng):
+    law = Gaussian(process, 0.3, 0.5)
+    x = torch.randn(5, 3, dtype=torch.float64, generator=rng)
+    torch.testing.assert_close(process.score(0.4, law(x, 0.4)), law.score(x, 0.4))

@@ -136,13 +136,12 @@ def predict(
     elif kind == "flow_prediction":
         pair = Prediction(x - sigma * output, x + alpha * output)
     elif kind == "sample":
-        pair = Prediction(output, _noise(x, output, alpha, sigma))
+        pair = process.complete(x, t, x0=output)
     else:
         raise ValueError(f"prediction_type={kind!r}: expected one of {KINDS}")
     if clip is None:
         return pair
-    x0 = clip(pair.x0)
-    return Prediction(x0, _noise(x, x0, alpha, sigma))
+    return process.complete(x, t, x0=clip(pair.x0))
 
 
 def answer_for(kind: str, x0: Tensor, noise: Tensor, t: Time, process: Process) -> Tensor:
@@ -156,15 +155,6 @@ def answer_for(kind: str, x0: Tensor, noise: Tensor, t: Time, process: Process) 
     }[kind]
 
 
-def _noise(x: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    if (sigma == 0).any():
-        raise ValueError(
-            "the noise cannot be told from x0 at sigma = 0: end the grid before clean data, or "
-            "evaluate the network at noisy levels only"
-        )
-    return (x - alpha * x0) / sigma
-
-
 class Clipped(Denoiser):
     """A denoiser whose x0 is kept in range."""
 
@@ -174,9 +164,8 @@ class Clipped(Denoiser):
 
     def forward(self, x: Tensor, t: Time, **cond: Any) -> Prediction:
         """Predict, then clip x0; see `Denoiser.forward`."""
-        alpha, sigma = (expand_as(c, x) for c in self.process.coefficients(t)[:2])
         x0 = self.clip(self.base(x, t, **cond).x0)
-        return Prediction(x0, _noise(x, x0, alpha, sigma))
+        return self.process.complete(x, t, x0=x0)
 
 
 class Schedule:

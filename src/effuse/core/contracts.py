@@ -73,6 +73,32 @@ class Process(ABC):
         d_alpha, d_sigma, d_shift = (expand_as(b - a, x) for a, b in zip(at, to, strict=True))
         return x + d_alpha * pred.x0 + d_sigma * pred.noise + d_shift
 
+    def complete(
+        self, x: Tensor, t: Time, *, x0: Tensor | None = None, noise: Tensor | None = None
+    ) -> Prediction:
+        """Return the pair of x: (B, *) at level `t` of which one half, (B, *), is known.
+
+        Raises:
+            ValueError: not one half given; or the other cannot be told: x0 where alpha = 0, the
+                noise where sigma = 0.
+        """
+        if (x0 is None) == (noise is None):
+            raise ValueError("expected one of x0 and noise")
+        alpha, sigma, shift = self.coefficients(t)
+        if noise is not None and (alpha == 0).any():
+            raise ValueError(
+                "x0 cannot be told from the noise at alpha = 0: start below pure noise"
+            )
+        if x0 is not None and (sigma == 0).any():
+            raise ValueError(
+                "the noise cannot be told from x0 at sigma = 0: end the grid before clean data, or "
+                "evaluate the network at noisy levels only"
+            )
+        alpha, sigma, shift = (expand_as(c, x) for c in (alpha, sigma, shift))
+        if noise is not None:
+            return Prediction((x - shift - sigma * noise) / alpha, noise)
+        return Prediction(x0, (x - shift - alpha * x0) / sigma)  # type: ignore[operator,arg-type]
+
     def coefficients(self, t: Time) -> tuple[Tensor, Tensor, Tensor]:
         """Return (alpha, sigma, shift) at `t`."""
         return self.alpha(t), self.sigma(t), self.shift(t)
@@ -97,6 +123,10 @@ class Process(ABC):
         """Return dx/dt of the probability-flow ODE: x0 d(alpha) + d(shift) + noise d(sigma)."""
         d_alpha, d_sigma, d_shift = (expand_as(c, pred.x0) for c in self.rates(t))
         return d_alpha * pred.x0 + d_shift + d_sigma * pred.noise
+
+    def score(self, t: Time, pred: Prediction) -> Tensor:
+        """Return the gradient of the log density at `t`, -noise / sigma; infinite at sigma = 0."""
+        return -pred.noise / expand_as(self.sigma(t), pred.noise)
 
     def drift(self, x: Tensor, t: Time) -> Tensor:
         """Return the drift of the forward SDE at x: (B, *), (d log alpha)(x - shift) + d(shift)."""

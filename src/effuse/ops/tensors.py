@@ -10,19 +10,21 @@ def expand_as(a: Tensor | float, like: Tensor) -> Tensor:
     """Return `a` shaped to broadcast over the batch of `like`.
 
     Args:
-        a: () one value for all, or (B,) one per row.
+        a: () one value for all, (B,) one per row, or as many dimensions as `like`, one per value.
         like: (B, *) the tensor it will meet.
 
     Returns:
-        () in the dtype of `a`, or (B, 1, ..., 1) in the dtype of `like`; on the device of `like`.
+        () in the dtype of `a`, (B, 1, ..., 1) or `a` in the dtype of `like`; on its device.
         Either way a product with `like` keeps the dtype of `like`.
 
     Raises:
-        ValueError: `a` is neither a scalar nor one value per row.
+        ValueError: `a` is none of these.
     """
     a = torch.as_tensor(a, device=like.device)
     if a.ndim == 0:
         return a
+    if a.ndim == like.ndim and all(n in (1, m) for n, m in zip(a.shape, like.shape, strict=True)):
+        return a.to(like.dtype)
     if a.ndim != 1 or a.shape[0] not in (1, like.shape[0]):
         raise ValueError(
             f"a coefficient of shape {tuple(a.shape)} does not fit a sample of shape "

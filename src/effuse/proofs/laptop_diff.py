@@ -39,6 +39,7 @@ from effuse.distill.features import (
     PerBatch,
     Plain,
 )
+from effuse.ops.transport import sliced_wasserstein2
 
 from . import Claim, Evidence, Scale, proof
 
@@ -249,12 +250,9 @@ def _second_of_each_pair(found: Sequence[Unit], model: nn.Module, keep: float) -
 
 def _distance(x: Tensor, full: Tensor) -> dict[str, float]:
     """Return the paired mean square and the sliced Wasserstein-2 distance, squared."""
-    a, b = x.double().flatten(1), full.double().flatten(1)
-    rng = torch.Generator().manual_seed(0)
-    lines = torch.randn(a.shape[1], 256, generator=rng, dtype=a.dtype)
-    lines = lines / lines.norm(dim=0)
-    sliced = ((a @ lines).sort(0).values - (b @ lines).sort(0).values).square().mean()
-    return {"sample_error": float((a - b).square().mean()), "sliced_w2": float(sliced)}
+    a, b = x.double(), full.double()
+    sliced = sliced_wasserstein2(a, b) ** 2
+    return {"sample_error": float((a - b).square().mean()), "sliced_w2": sliced}
 
 
 # ---- the gap to the optimum
