@@ -255,12 +255,16 @@ def _table(page: Any) -> None:
 
 # Importing diffusers tries torchao, if it is there, which warns of its kernels for other machines.
 _CHATTER = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+# Read when these are imported: transformers tells of its optional packages, torch of its profiler.
+_QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 def main(run: Callable[[], None] = app) -> None:
     """Run the command line; an error a user can mend is one line, not a traceback."""
     for name in _CHATTER:
         logging.getLogger(name).setLevel(logging.ERROR)
+    for name, quiet in _QUIET.items():
+        os.environ.setdefault(name, quiet)
     try:
         run()
     except (ValueError, TypeError, ImportError, OSError) as error:

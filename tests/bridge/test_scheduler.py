@@ -44,10 +44,10 @@ from tests.tiny import (
 )
 
 import effuse
-from effuse.bridge.pipeline import wrap
+from effuse.bridge.pipeline import grid_of, wrap
 from effuse.bridge.scheduler import SolverScheduler
 from effuse.core import Solver, Step, methods
-from effuse.processes import Karras, Uniform
+from effuse.processes import Karras, Tabulated, Tapered, Uniform
 from effuse.solvers import DDIM, Ancestral, DPMpp2M, DPMpp2MSDE, Euler, Heun
 from effuse.solvers.momentum import HeavyBall
 from effuse.solvers.unipc import UniPC
@@ -774,3 +774,30 @@ def test_bad_arguments():
     driven.solver = Churn()
     with pytest.raises(ValueError, match="no pipeline can drive it"):
         driven.set_timesteps(3)
+
+
+def test_solvers_of_ours_take_tapered_levels_and_the_others_those_of_like():
+    like = DDIMScheduler(timestep_spacing="leading", steps_offset=1)
+    process = Tabulated.from_alphas_cumprod(like.alphas_cumprod)
+    for name, own in (("momentum", True), ("ddim", False), ("plms", False)):
+        made = effuse.scheduler(name, like)
+        made.set_timesteps(10)
+        levels = Tapered()(process, 10) if own else grid_of(like)(process, 10)
+        torch.testing.assert_close(made.timesteps, process.index_at(levels[:-1]).round().long())
+        assert not made.timesteps.is_floating_point()
+    kept = effuse.scheduler("momentum", like, grid=grid_of(like))
+    again = SolverScheduler.from_config(json.loads(kept.to_json_string()))
+    for one in (kept, again):
+        one.set_timesteps(10)
+        assert one.timesteps.tolist() == list(range(901, 0, -100))
+    karras = DPMSolverMultistepScheduler(use_karras_sigmas=True)
+    theirs = copy.deepcopy(karras)
+    theirs.set_timesteps(7)
+    made = effuse.scheduler("momentum", karras)
+    made.set_timesteps(7)  # the levels were asked for
+    assert made.timesteps.tolist() == theirs.timesteps.tolist()
+    made = effuse.scheduler("momentum", like)
+    made.set_timesteps(timesteps=[900, 400])
+    assert made.timesteps.tolist() == [900, 400]
+    with pytest.raises(ValueError, match="in place of"):
+        effuse.scheduler("momentum", like, grid=grid_of(karras))

@@ -31,6 +31,7 @@ from effuse.processes import (
     Linear,
     Linspace,
     Tabulated,
+    Tapered,
     Trailing,
     Uniform,
     UniformLogSNR,
@@ -175,7 +176,7 @@ def table(n=1000):
 
 
 class TestGrids:
-    @pytest.mark.parametrize("grid", [Uniform(), UniformLogSNR(), Karras(), Beta()])
+    @pytest.mark.parametrize("grid", [Uniform(), UniformLogSNR(), Karras(), Beta(), Tapered()])
     @pytest.mark.parametrize("process", [Linear(), VE(), table()])
     @pytest.mark.parametrize("steps", [1, 2, 7])
     def test_fall_to_clean(self, grid, process, steps):
@@ -196,6 +197,21 @@ class TestGrids:
         expected = (high + torch.linspace(0, 1, 6, dtype=torch.float64) * (low - high)) ** 7
         torch.testing.assert_close(sigma, expected, rtol=1e-6, atol=0)
         assert abs(float(times[-2]) - 0.01) < 1e-9
+
+    def test_tapered_steps_shorten_by_rule_and_never_repeat(self):
+        times = Tapered(0.4, 1.3)(Linear(), 5)
+        left = torch.tensor([4.4, 3.4, 2.4, 1.4, 0.4], dtype=torch.float64)
+        torch.testing.assert_close(times[:-1], (left / 4.4) ** 1.3)
+        assert times[-1] == 0
+        long = table(1000)
+        for steps in (1, 7, 333, 1000):
+            assert torch.equal(Tapered(1.0, 1.0)(long, steps), Trailing()(long, steps))
+            index = long.index_at(Tapered()(long, steps))
+            torch.testing.assert_close(index, index.round(), rtol=0, atol=1e-6)
+            assert (index.diff() < -0.5).all()
+            assert index[0].round() == 999
+        with pytest.raises(ValueError, match="tail=0"):
+            Tapered(tail=0)
 
     @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
     @pytest.mark.parametrize("steps", [3, 7, 10, 50])

@@ -102,6 +102,14 @@ def test_order_of_a_whole_walk(solver):
         assert found > solver.walk_order - 0.3, (name, errors, found)
 
 
+def test_order_where_the_noise_begins_without_data():
+    """Of third order: the logarithm dies out late, at errors a tenth of those of second order."""
+    found, errors = slope(Momentum(), PROCESSES["cosine"], 1024, 4096)
+    assert found > 1.7, (errors, found)
+    _, second = slope(Momentum(1.8), PROCESSES["cosine"], 1024, 4096)
+    assert errors[0] < second[0] / 10
+
+
 def test_moments(random):
     """A stochastic solver ends in the data law: mean and deviation, from t = 1 to 0."""
     solver = random

@@ -506,11 +506,13 @@ def test_as_a_diffusers_scheduler():
     made = pytest.importorskip("effuse.bridge.scheduler")
     from diffusers import DDIMScheduler
 
+    from effuse.bridge.pipeline import grid_of
+
     stock = DDIMScheduler(timestep_spacing="trailing", clip_sample=False)
     model = Gaussian(Tabulated.from_alphas_cumprod(stock.alphas_cumprod), 0.4, 0.6)
     x = start(model.process)
     for solver in (Momentum(), HeavyBall(0.8, UniPC()), Momentum(2, 1.0)):
-        ours = made.scheduler(solver, stock)
+        ours = made.scheduler(solver, stock, grid=grid_of(stock))
         ours.set_timesteps(8)
         y = x * ours.init_noise_sigma
         for t in ours.timesteps:
@@ -529,7 +531,7 @@ def test_a_real_order_is_an_order_and_a_damping():
     assert Momentum(2.3) == Momentum(3, 0.3)
     assert Momentum(0.7) == Momentum(1, 0.7)
     assert Momentum(3.0) == Momentum(3, 1.0)
-    assert Momentum() == Momentum(2, 0.8) == Momentum(order=2, beta=0.8)
+    assert Momentum() == Momentum(3, 0.7) == Momentum(order=3, beta=0.7)
     assert isinstance(Momentum(2.7).order, int)
 
 

@@ -346,7 +346,8 @@ class Wrapped:
             what: prompts, class labels, or a count; see `embed`.
             solver: deterministic DDIM by default.
             steps: the pipeline's own default if not given.
-            grid: where the steps are; the pipeline's own if not given.
+            grid: where the steps are. Left out, as `effuse.scheduler` has it: the pipeline's own
+                for a solver that diffusers has too, `Tapered` for the others.
             guidance: diffusers' scale; the pipeline's own default if not given, 1 for none.
             negative: prompts to keep away from.
             rng: draws the start and all noise.
@@ -377,8 +378,9 @@ class Wrapped:
             cond["negative"] |= told
         denoiser = (model.guide(scale) if guided else model.denoiser).given(**cond)
         own = model.schedule.walk(steps)
-        times = own.levels if grid is None else grid(model.process, steps)
         solver = solver_named("ddim") if solver is None else solver
+        grid = model.schedule.grid_for(solver) if grid is None else grid
+        times = own.levels if grid is None else grid(model.process, steps)
         out = sample(denoiser, solver, own.start * x, times, rng=rng, on_step=on_step)
         return model.codec.decode(out).clamp(0, 1) if decode else out
 

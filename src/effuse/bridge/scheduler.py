@@ -29,7 +29,7 @@ from effuse.ops.tensors import require_finite
 from effuse.processes import Flow, Grid, Tabulated
 
 from .replay import Replay, levels_asked
-from .table import Schedule, Walk, predict, solver_named
+from .table import AsScheduler, Schedule, Walk, predict, solver_named
 
 __all__ = ["SolverOutput", "SolverScheduler", "scheduler"]
 
@@ -52,8 +52,10 @@ def scheduler(solver: Solver | str, like: Any, *, grid: Grid | None = None) -> S
     Args:
         solver: a solver, or a method's name for its first solver with default fields.
         like: the scheduler to replace; its config gives the table of noise levels, the prediction
-            type, the spacing and offset of the steps, and the flags for clipping.
-        grid: where the steps are, instead of the spacing of `like`.
+            type, and the flags for clipping.
+        grid: where the steps are. Left out, a solver that diffusers has too keeps to the levels of
+            `like`, so it gives what diffusers gives; any other takes `Tapered` in place of even
+            levels, at a fraction of the error. `grid_of(like)` keeps to `like` in any case.
 
     Raises:
         ValueError: no method of this name has a solver (the nearest is named), or the solver or
@@ -71,7 +73,11 @@ def scheduler(solver: Solver | str, like: Any, *, grid: Grid | None = None) -> S
     Schedule(like)  # refuses what has neither table nor flow sigmas
     config = {k: v for k, v in like.config.items() if not k.startswith("_")}
     config |= {"solver": _dump(solver), "like": name, "grid": None}
-    if grid is not None:
+    if isinstance(grid, AsScheduler):
+        if Schedule(like).config != grid.schedule.config:
+            raise ValueError(f"the grid of {grid.schedule} in place of {Schedule(like)}")
+        config["grid"] = {"class": "AsScheduler", "fields": {}}
+    elif grid is not None:
         config["grid"] = {
             "class": _grid_class(type(grid).__name__).__name__,
             "fields": dump_fields(grid, "grid"),
@@ -125,7 +131,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         solver: method, class and fields of the solver; deterministic DDIM by default.
         like: name of the scheduler this one stands for. All other entries of its config are kept
             in this one's, and mean what they mean there.
-        grid: class and fields of the grid, if it is not the spacing of `like`.
+        grid: class and fields of the grid, if not left to `like` and us; see `scheduler`.
     """
 
     __module__ = "effuse.bridge.saved"
@@ -270,22 +276,33 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         if steps is not None and (not isinstance(steps, int) or steps < 1):
             raise ValueError(f"num_inference_steps={steps!r}: expected a positive integer")
         self._schedule = schedule = Schedule(self.like, mu)
-        if self.config.grid is None:
+        grid = self._grid(schedule, free=timesteps is None and sigmas is None)
+        if grid is None:
             walk = schedule.walk(steps, timesteps=timesteps, sigmas=sigmas, mu=mu)
         else:
             if timesteps is not None:
                 raise ValueError("timesteps beside a grid: leave one of them out")
             # FLUX always hands in sigmas; the grid given by the user wins
-            walk = self._gridded(schedule, len(sigmas) if steps is None else steps)
+            walk = self._gridded(schedule, grid, len(sigmas) if steps is None else steps)
         self._walk, self.num_inference_steps = walk, len(walk.labels)
         self._plan, labels = self._asked(walk)
         self._timesteps = labels.to(device)
         self._forget()
 
-    def _gridded(self, schedule: Schedule, steps: int) -> Walk:
-        cls = _grid_class(self.config.grid["class"])
-        levels = build(cls, self.config.grid["fields"], "grid")(schedule.process, steps)
-        return Walk(levels, schedule.label(levels[:-1]).float(), self._unit(schedule, levels))
+    def _grid(self, schedule: Schedule, *, free: bool) -> Grid | None:
+        """Return the grid of a run, or None for what the scheduler this one stands for would do."""
+        if self.config.grid is None:
+            return schedule.grid_for(self.solver) if free else None
+        if self.config.grid["class"] == "AsScheduler":
+            return None
+        return build(_grid_class(self.config.grid["class"]), self.config.grid["fields"], "grid")
+
+    def _gridded(self, schedule: Schedule, grid: Grid, steps: int) -> Walk:
+        levels = grid(schedule.process, steps)
+        labels = schedule.label(levels[:-1])
+        whole = (labels - labels.round()).abs().max() < 1e-6  # pipelines may index with them
+        labels = labels.round().long() if whole else labels.float()
+        return Walk(levels, labels, self._unit(schedule, levels))
 
     @staticmethod
     def _unit(schedule: Schedule, levels: Tensor) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 from effuse.core import Denoiser, Prediction, Process, Solver, Time, methods
 from effuse.core.fields import nearest
 from effuse.ops import expand_as
-from effuse.processes import Flow, Grid, Tabulated
+from effuse.processes import Flow, Grid, Tabulated, Tapered
 
 KINDS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
@@ -236,6 +236,21 @@ class Schedule:
         said = ("timestep_spacing", "steps_offset", "set_alpha_to_one", "final_sigmas_type")
         shown = [f"{k}={self.config[k]!r}" for k in (*said, *_BY_SIGMA) if self.config.get(k)]
         return f"{self.name}({', '.join(shown)})"
+
+    def grid_for(self, solver: Solver) -> Grid | None:
+        """Return `Tapered` for a solver of ours where diffusers spreads its levels evenly.
+
+        None, for the scheduler's own levels: for a solver that diffusers has too, so that it gives
+        what diffusers gives; where sigmas are spaced or few-step weights fix the levels; and where
+        the table begins with pure noise, of which epsilon says nothing.
+        """
+        free = (
+            isinstance(self.process, Tabulated)
+            and not solver.counterpart
+            and not (self.by_sigma or self.continuous or "original_inference_steps" in self.config)
+            and not (self.kind == "epsilon" and float(self.process.alpha(1.0)) == 0)
+        )
+        return Tapered() if free else None
 
     def _spaced(self) -> Any:
         """Return a scheduler of its own whose set_timesteps gives plain, unrepeated steps."""

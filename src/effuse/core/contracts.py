@@ -207,11 +207,14 @@ class Solver(ABC):
 
     order: order of convergence of the ODE solver; for a stochastic one, of its moments.
     evals: calls of the denoiser a step. stochastic: whether `step` draws from `rng`.
+    counterpart: the diffusers scheduler that takes the same steps; as a scheduler the solver then
+    keeps to the levels of the one it replaces, unless told otherwise.
     """
 
     order: ClassVar[int] = 1
     evals: ClassVar[int] = 1
     stochastic = False
+    counterpart: ClassVar[str] = ""
 
     @property
     def walk_order(self) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from effuse.core.contracts import Process
-from effuse.core.errors import check_choice, check_positive
+from effuse.core.errors import check_choice, check_fraction, check_positive
 
 from .tabulated import Tabulated
 
@@ -193,6 +193,38 @@ class Trailing(Grid):
         n = _table(process, self, steps)
         index = (n - torch.arange(steps, dtype=torch.float64) * n / steps).round() - 1
         return _closed(process, index, self.last)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Tapered(Grid):
+    """Steps from pure noise that shorten towards the data, the last one most.
+
+    t_i = ((n - 1 - i + tail) / (n - 1 + tail))^power for i < n = steps, then t = 0; whole entries
+    of a table. What a step of a low order loses, it loses near the data, most of all in the last
+    one; one of hardly any length is a call wasted. tail = 1, power = 1 is `Trailing`.
+
+    tail: length of the last step, in others, (0, 1]. power: 1 for even steps, above it the grid is
+    denser towards the data.
+    """
+
+    tail: float = 0.4
+    power: float = 1.3
+
+    def __post_init__(self) -> None:
+        """Check both."""
+        check_fraction("tail", self.tail)
+        check_positive("power", self.power)
+
+    def levels(self, process: Process, steps: int) -> Tensor:
+        """Return `steps` levels and zero."""
+        left = torch.arange(steps - 1, -1, -1, dtype=torch.float64)
+        times = ((left + self.tail) / (steps - 1 + self.tail)) ** self.power
+        if not isinstance(process, Tabulated):
+            return torch.cat([times, times.new_zeros(1)])
+        index = (_table(process, self, steps) * times).round() - 1
+        # no entry twice: each at least one above the next
+        index = (index.clamp_min(0) - left).flip(0).cummax(0).values.flip(0) + left
+        return _closed(process, index, "clean")
 
 
 @dataclass(frozen=True)

@@ -128,8 +128,8 @@ def main_claims(
     for transform in settings(study.steps, wide):
         try:
             swept.append(inherited(study, transform, tuning, full))
-        except ValueError as error:  # a depth that this network does not have
-            if "fresh=" not in str(error):
+        except ValueError as error:  # a depth or a kind of part that this network does not have
+            if not any(w in str(error) for w in ("fresh=", "no such part")):
                 raise
     front = marked(
         [

@@ -22,3 +22,4 @@ class Ancestral(DDIM):
     """
 
     eta: float = 1.0
+    counterpart = "EulerAncestralDiscreteScheduler"

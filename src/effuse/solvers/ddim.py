@@ -44,6 +44,7 @@ class DDIM(Solver):
 
     eta: float = 0.0
     order = 1
+    counterpart = "DDIMScheduler"
 
     def __post_init__(self) -> None:
         """Check `eta`."""

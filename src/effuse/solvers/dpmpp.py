@@ -57,6 +57,7 @@ class DPMpp2M(Solver):
     """
 
     order = 2
+    counterpart = "DPMSolverMultistepScheduler"
 
     def step(
         self,
@@ -88,6 +89,7 @@ class DPMpp2MSDE(Solver):
     eta: float = 1.0
     order = 1
     stochastic = True
+    counterpart = "DPMSolverMultistepScheduler"
 
     def __post_init__(self) -> None:
         """Check `eta`."""

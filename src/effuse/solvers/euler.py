@@ -23,6 +23,7 @@ class Euler(Solver):
     """
 
     order = 1
+    counterpart = "EulerDiscreteScheduler"
 
     def step(
         self,

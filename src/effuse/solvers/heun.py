@@ -26,6 +26,7 @@ class Heun(Solver):
 
     order = 2
     evals = 2
+    counterpart = "HeunDiscreteScheduler"
 
     def step(
         self,

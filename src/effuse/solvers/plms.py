@@ -35,6 +35,7 @@ class PLMS(Solver):
     """
 
     order: int = 2  # type: ignore[misc]
+    counterpart = "PNDMScheduler"
 
     def __post_init__(self) -> None:
         """Check the order."""

@@ -82,6 +82,7 @@ class UniPC(Solver):
 
     order: int = 2  # type: ignore[misc]
     corrector: bool = True
+    counterpart = "UniPCMultistepScheduler"
 
     def __post_init__(self) -> None:
         """Check the order."""

@@ -85,8 +85,8 @@ class Inherit(Transform):
         (TaylorSeer's first order), for twice the memory and no computation to speak of.
     where: parts whose modules it forbids always compute.
 
-    With `Uniform(1)`, or no parts, the original bit for bit. Clock, guidance, threads and errors:
-    see `effuse.compress.cache.base`.
+    With `Uniform(1)`, or where `where` forbids all, the original bit for bit. Clock, guidance,
+    threads and errors: see `effuse.compress.cache.base`.
 
         with Inherit(Layers(), Uniform(3)).attach(pipe.unet):
             pipe(prompt)
@@ -107,7 +107,12 @@ class Inherit(Transform):
         check_choice("order", self.order, (0, 1))
 
     def attach(self, model: nn.Module) -> Inherited:
-        """Put gates on `model`; raises `TypeError` where the level does not know its kind."""
+        """Put gates on `model`.
+
+        Raises:
+            TypeError: the level does not know this kind of network.
+            ValueError: the network has no part of the level.
+        """
         return Inherited(self, model, None)
 
     def restore(self, model: nn.Module, plan: Mapping[str, Any]) -> Inherited:
@@ -123,6 +128,8 @@ class Inherited(Cached):
     def __init__(self, transform: Inherit, model: nn.Module, parts: tuple[str, ...] | None):
         level = transform.level
         gates = level.gates(model, transform.where if parts is None else everywhere)
+        if parts is None and not gates and not level.gates(model, everywhere):
+            raise ValueError(f"{level}: {type(model).__name__} has no such part to inherit")
         if parts is not None:
             found = {g.part for g in gates}
             if missing := [p for p in parts if p not in found]:
