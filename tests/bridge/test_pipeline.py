@@ -19,8 +19,9 @@ from tests.tiny import (
 
 import effuse
 from effuse.bridge.pipeline import Guided, Network, wrap
-from effuse.bridge.table import Clip, Clipped, Schedule, grid_of, predict, solver_named
+from effuse.bridge.table import Schedule, grid_of, predict, solver_named
 from effuse.core import Denoiser, Prediction, sample
+from effuse.core.clip import Clip, Clipped
 from effuse.processes import Flow, Karras, Leading, Linspace, Tabulated, Trailing, Uniform
 from effuse.solvers import DDIM, DPMpp2M, Euler
 

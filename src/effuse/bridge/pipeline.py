@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from effuse.core import Denoiser, Prediction, Solver, Time, sample
+from effuse.core.clip import Clipped
 from effuse.core.contracts import Call
 from effuse.ops import randn_like
 from effuse.processes import Grid
 
 from .families import FAMILIES, Family, Pixels, Prompts, Texts, TextsXL, default_of, listed
-from .table import AsScheduler, Clipped, Schedule, answer_for, grid_of, predict, solver_named
+from .table import AsScheduler, Schedule, answer_for, grid_of, predict, solver_named
 
 __all__ = ["Codec", "Guided", "Network", "Wrapped", "grid_of", "wrap"]
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from effuse.core import Denoiser, Prediction, Process, Solver, Time, methods
+from effuse.core import Prediction, Process, Solver, Time, methods
+from effuse.core.clip import Clip
 from effuse.core.fields import nearest
 from effuse.ops import expand_as
 from effuse.processes import Flow, Grid, Tabulated, Tapered
@@ -72,26 +73,6 @@ class Walk(NamedTuple):
     levels: Tensor
     labels: Tensor
     start: float
-
-
-@dataclass(frozen=True)
-class Clip:
-    """Keeps the predicted x0 in range: clamp to `limit`, or dynamic thresholding.
-
-    With `ratio`, each row is divided by its quantile s = clamp(quantile(|x0|, ratio), 1, limit)
-    after clamping to [-s, s] (Imagen). The noise follows, so the pair stays consistent.
-    """
-
-    limit: float = 1.0
-    ratio: float | None = None
-
-    def __call__(self, x0: Tensor) -> Tensor:
-        """Return x0: (B, *) in range."""
-        if self.ratio is None:
-            return x0.clamp(-self.limit, self.limit)
-        s = torch.quantile(x0.flatten(1).abs(), self.ratio, dim=1).clamp(1, max(self.limit, 1))
-        s = expand_as(s, x0)
-        return x0.clamp(-s, s) / s
 
 
 def predict(
@@ -153,19 +134,6 @@ def answer_for(kind: str, x0: Tensor, noise: Tensor, t: Time, process: Process) 
         "v_prediction": alpha * noise - sigma * x0,
         "flow_prediction": noise - x0,
     }[kind]
-
-
-class Clipped(Denoiser):
-    """A denoiser whose x0 is kept in range."""
-
-    def __init__(self, base: Denoiser, clip: Clip):
-        super().__init__()
-        self.base, self.clip, self.process = base, clip, base.process
-
-    def forward(self, x: Tensor, t: Time, **cond: Any) -> Prediction:
-        """Predict, then clip x0; see `Denoiser.forward`."""
-        x0 = self.clip(self.base(x, t, **cond).x0)
-        return self.process.complete(x, t, x0=x0)
 
 
 class Schedule:
