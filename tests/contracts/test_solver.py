@@ -89,8 +89,11 @@ def slope(solver, process, *counts: int) -> tuple[float, list[float]]:
 @pytest.mark.parametrize("name", ["cosine", "flow", "linear", "ve"])
 def test_order(fixed, name):
     """The declared order, from t = 1 to 0: halving the steps divides the error by 2^order."""
-    found, errors = slope(fixed, PROCESSES[name], 128, 1024)
-    # Multistep in log SNR loses a logarithm where the log SNR is infinite at an end.
+    # Multistep loses a logarithm where the log SNR is infinite at an end; it dies out later where
+    # the errors of third order are still above it.
+    found, errors = slope(
+        fixed, PROCESSES[name], *((128, 1024) if fixed.order < 3 else (1024, 4096))
+    )
     assert found > fixed.walk_order - 0.3, (errors, found)
 
 
@@ -100,14 +103,6 @@ def test_order_of_a_whole_walk(solver):
     for name in ("flow", "linear"):
         found, errors = slope(solver, PROCESSES[name], 96, 384)
         assert found > solver.walk_order - 0.3, (name, errors, found)
-
-
-def test_order_where_the_noise_begins_without_data():
-    """Of third order: the logarithm dies out late, at errors a tenth of those of second order."""
-    found, errors = slope(Momentum(), PROCESSES["cosine"], 1024, 4096)
-    assert found > 1.7, (errors, found)
-    _, second = slope(Momentum(1.8), PROCESSES["cosine"], 1024, 4096)
-    assert errors[0] < second[0] / 10
 
 
 def test_moments(random):

@@ -531,7 +531,7 @@ def test_a_real_order_is_an_order_and_a_damping():
     assert Momentum(2.3) == Momentum(3, 0.3)
     assert Momentum(0.7) == Momentum(1, 0.7)
     assert Momentum(3.0) == Momentum(3, 1.0)
-    assert Momentum() == Momentum(3, 0.7) == Momentum(order=3, beta=0.7)
+    assert Momentum() == Momentum(2, 0.8) == Momentum(order=2, beta=0.8)
     assert isinstance(Momentum(2.7).order, int)
 
 

@@ -29,7 +29,6 @@ Base = PLMS | DPMpp2M | UniPC
     year=2024,
     buys="fewer blotches at few steps and strong guidance",
     missing="stochastic sampling, which the paper leaves out too",
-    example=lambda: Momentum(1.8),
 )
 @dataclass(frozen=True)
 class Momentum(Solver):
@@ -46,7 +45,7 @@ class Momentum(Solver):
         0.99 is smoothed.
     """
 
-    order: float = 2.7  # type: ignore[misc, assignment]
+    order: float = 1.8  # type: ignore[misc, assignment]
     beta: float | None = None
 
     def __post_init__(self) -> None:
@@ -141,7 +140,7 @@ class HeavyBall(Solver):
     """
 
     beta: float = 0.8
-    base: Base = field(default_factory=PLMS)
+    base: Base = field(default_factory=lambda: PLMS(2))
     predictor: bool = True
 
     def __post_init__(self) -> None:

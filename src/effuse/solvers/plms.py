@@ -34,8 +34,7 @@ class PLMS(Solver):
     `order` in 1..5; 1 is deterministic DDIM.
     """
 
-    order: int = 2  # type: ignore[misc]
-    counterpart = "PNDMScheduler"
+    order: int = 3  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         """Check the order."""
