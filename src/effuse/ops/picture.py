@@ -27,6 +27,56 @@ def to_image(picture: Tensor) -> Image:
     return Image.fromarray(levels.numpy(), "RGB")
 
 
+def read_picture(
+    file: str | Path,
+    size: tuple[int, int] | None = None,
+    *,
+    background: tuple[float, float, float] | None = None,
+) -> Tensor:
+    """Return an image file as a picture, (3, H, W) float32 in [0, 1].
+
+    Args:
+        file: anything Pillow reads; its first frame.
+        size: (height, width) to resample to with Lanczos, of the same shape; None keeps its own.
+        background: color in [0, 1] under what is transparent.
+
+    Raises:
+        ValueError: no such picture; sides in another ratio than those of `size`; transparency
+            without a background; more than 8 bits a channel.
+    """
+    import numpy as np
+    from PIL import Image
+
+    file = Path(file)
+    try:
+        image: Image.Image = Image.open(file)
+        image.load()
+    except FileNotFoundError as error:
+        raise ValueError(f"{file}: there is no such file") from error
+    except OSError as error:
+        raise ValueError(f"{file}: not a picture that can be read: {error}") from error
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"{file}: pixels of mode {image.mode!r}, expected 8 bits a channel")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema() != (255, 255):
+            if background is None:
+                raise ValueError(
+                    f"{file}: partly transparent, give a background or remove the alpha channel"
+                )
+            color = tuple(round(255 * c) for c in background)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (*color, 255)), image)
+    image = image.convert("RGB")
+    if size is not None and (image.height, image.width) != size:
+        if abs(image.width * size[0] / (image.height * size[1]) - 1) > 0.02:
+            raise ValueError(
+                f"{file}: {image.height} x {image.width} pixels do not fit {size[0]} x {size[1]}: "
+                "crop the picture to that ratio, or ask for another size"
+            )
+        image = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
 def data_uri(picture: Tensor) -> str:
     """Return picture: (3, H, W) in [0, 1] inside a data URI.
 
