@@ -144,7 +144,7 @@ def _example() -> CODE:
     seed=57,
     paper="CODE: Confident Ordinary Differential Editing",
     year=2024,
-    buys="damaged pictures repaired without training and without knowing the damage",
+    buys="edits of damaged pictures without training; a band that takes outliers out",
     example=_example,
 )
 @dataclass(frozen=True)
