@@ -31,22 +31,32 @@ class _Ask(Exception):
         self.x = x
 
 
-class _Record(Denoiser):
-    """Answers from recorded (output, sample) pairs, in the order they were asked."""
+class _Tape:
+    """Recorded (output, sample) pairs of a step, how many were played, and x0 by the last."""
 
-    def __init__(self, process: Process, predict: Predict, pairs: Sequence[tuple[Tensor, Tensor]]):
+    __slots__ = ("count", "pairs", "x0")
+
+    def __init__(self) -> None:
+        self.pairs: Sequence[tuple[Tensor, Tensor]] = ()
+        self.count, self.x0 = 0, torch.empty(0)
+
+
+class _Record(Denoiser):
+    """Answers from a tape, in the order it was asked."""
+
+    def __init__(self, process: Process, predict: Predict):
         super().__init__()
-        self.process, self.predict = process, predict
-        self.pairs, self.count, self.x0 = pairs, 0, torch.empty(0)
+        self.process, self.predict, self.tape = process, predict, _Tape()
 
     def forward(self, x: Tensor, t: Time, **cond: Any) -> Prediction:
         """Return the next prediction on record, or raise `_Ask`."""
-        if self.count == len(self.pairs):
+        tape = self.tape
+        if tape.count == len(tape.pairs):
             raise _Ask(x)
-        output, seen = self.pairs[self.count]
-        self.count += 1
+        output, seen = tape.pairs[tape.count]
+        tape.count += 1
         found = self.predict(output, seen, t)
-        self.x0 = found.x0
+        tape.x0 = found.x0
         return found
 
 
@@ -103,7 +113,7 @@ class Taken(NamedTuple):
 class _Draws:
     """Some rows, their generator with its state before the current step, and their solver state."""
 
-    rows: slice
+    rows: slice | None  # all
     rng: torch.Generator | None
     mark: Tensor | None = None
     state: Any = None
@@ -124,7 +134,7 @@ class Replay:
     """
 
     def __init__(self, solver: Solver, process: Process, predict: Predict):
-        self.solver, self.process, self.predict = solver, process, predict
+        self.solver, self._record = solver, _Record(process, predict)
         self._pairs: list[tuple[Tensor, Tensor]] = []
         self._draws: list[_Draws] = []
 
@@ -146,22 +156,26 @@ class Replay:
             self._mark(generator, len(x))
         record = [*self._pairs, (output, x)]
         start, outs, x0s, done = record[0][1], [], [], False
+        played, tape = self._record, self._record.tape
         for draws in self._draws:
             rows = draws.rows
+            first = start if rows is None else start[rows]
             if not draws.begun:
-                draws.state, draws.begun = self.solver.init(start[rows]), True
+                draws.state, draws.begun = self.solver.init(first), True
             draws.rewind()
-            pairs = [(a[rows], b[rows]) for a, b in record]
-            played = _Record(self.process, self.predict, pairs)
+            tape.count = 0
+            tape.pairs = record if rows is None else [(a[rows], b[rows]) for a, b in record]
             try:
-                step = self.solver.step(played, start[rows], t, s, draws.state, rng=draws.rng)
+                step = self.solver.step(played, first, t, s, draws.state, rng=draws.rng)
                 draws.state, done = step.state, True
                 outs.append(step.x)
             except _Ask as ask:
                 draws.rewind()
                 outs.append(ask.x)
-            x0s.append(played.x0)
+            x0s.append(tape.x0)
         self._pairs = [] if done else record
+        if len(outs) == 1:
+            return Taken(outs[0], x0s[0], done)
         return Taken(torch.cat(outs), torch.cat(x0s), done)
 
     def _mark(self, generator: Generators, count: int) -> None:
@@ -175,7 +189,7 @@ class Replay:
         if len(many) not in (1, count):
             raise ValueError(f"{len(many)} generators for {count} samples: expected one, or each")
         if len(many) != len(self._draws):
-            rows = [slice(None)] if len(many) == 1 else [slice(i, i + 1) for i in range(count)]
+            rows = [None] if len(many) == 1 else [slice(i, i + 1) for i in range(count)]
             self._draws = [_Draws(r, None) for r in rows]
         for draws, rng in zip(self._draws, many, strict=True):
             draws.rng, draws.mark = rng, None if rng is None else rng.get_state()

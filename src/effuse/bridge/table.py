@@ -17,7 +17,8 @@ from torch import Tensor
 from effuse.core import Prediction, Process, Solver, Time, methods
 from effuse.core.clip import Clip
 from effuse.core.fields import nearest
-from effuse.ops import expand_as
+from effuse.ops import expand_as, weighted_sum
+from effuse.ops.tensors import has_zero
 from effuse.processes import Flow, Grid, Tabulated, Tapered
 
 KINDS = ("epsilon", "v_prediction", "sample", "flow_prediction")
@@ -103,19 +104,20 @@ def predict(
             "the same shape, or twice the channels with a learned variance"
         )
     output = output.to(x.dtype)
-    alpha, sigma, _ = process.coefficients(t)
-    if kind == "epsilon" and (alpha == 0).any():
+    alpha, sigma, _ = process.at(t)
+    if kind == "epsilon" and has_zero(alpha):
         raise ValueError(
             "epsilon prediction at alpha = 0: pure noise tells nothing of the data; a schedule "
             "with zero terminal SNR needs v_prediction or sample, or a grid that starts below it"
         )
-    alpha, sigma = expand_as(alpha, x), expand_as(sigma, x)
     if kind == "epsilon":
-        pair = Prediction((x - sigma * output) / alpha, output)
+        pair = Prediction(weighted_sum((1 / alpha, x), (-sigma / alpha, output)), output)
     elif kind == "v_prediction":
-        pair = Prediction(alpha * x - sigma * output, alpha * output + sigma * x)
+        x0 = weighted_sum((alpha, x), (-sigma, output))
+        pair = Prediction(x0, weighted_sum((alpha, output), (sigma, x)))
     elif kind == "flow_prediction":
-        pair = Prediction(x - sigma * output, x + alpha * output)
+        x0 = weighted_sum((1.0, x), (-sigma, output))
+        pair = Prediction(x0, weighted_sum((1.0, x), (alpha, output)))
     elif kind == "sample":
         pair = process.complete(x, t, x0=output)
     else:

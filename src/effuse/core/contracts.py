@@ -17,11 +17,16 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effuse.ops.tensors import expand_as, randn_like
+from effuse.ops.tensors import expand_as, has_zero, number, randn_like, weighted_sum
 
 Time = Tensor | float
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """One recorded call of a network: positional and keyword arguments, as its forward takes them."""
+
+
+def _moved(x: Tensor, by: Tensor | float) -> Tensor:
+    """Return x + by, where there is anything to add."""
+    return x if number(by) == 0 else x + expand_as(by, x)
 
 
 class Prediction(NamedTuple):
@@ -39,12 +44,15 @@ class Prediction(NamedTuple):
         `weight` is () or (B,). `weak.mix(strong, w)` is classifier-free guidance of scale w.
         """
         return Prediction(
-            *(a + expand_as(weight, a) * (b - a) for a, b in zip(self, other, strict=True))
+            *(weighted_sum((1 - weight, a), (weight, b)) for a, b in zip(self, other, strict=True))
         )
 
 
 class Process(ABC):
-    """What spoils data: x_t = alpha(t) x_0 + shift(t) + sigma(t) noise."""
+    """What spoils data: x_t = alpha(t) x_0 + shift(t) + sigma(t) noise.
+
+    A value: what it is at a level never changes, so it is remembered.
+    """
 
     @abstractmethod
     def alpha(self, t: Time) -> Tensor:
@@ -60,8 +68,8 @@ class Process(ABC):
 
     def corrupt(self, x0: Tensor, t: Time, noise: Tensor) -> Tensor:
         """Spoil x0: (B, *) to level `t` with noise: (B, *)."""
-        alpha, sigma, shift = (expand_as(c, x0) for c in self.coefficients(t))
-        return alpha * x0 + shift + sigma * noise
+        alpha, sigma, shift = self.at(t)
+        return _moved(weighted_sum((alpha, x0), (sigma, noise)), shift)
 
     def advance(self, x: Tensor, t: Time, s: Time, pred: Prediction) -> Tensor:
         """Walk x: (B, *) from level `t` to `s` along the prediction held fixed: the DDIM step.
@@ -69,9 +77,10 @@ class Process(ABC):
         x + (alpha_s - alpha_t) x0 + (sigma_s - sigma_t) noise: no division, so nothing special at
         either end.
         """
-        at, to = self.coefficients(t), self.coefficients(s)
-        d_alpha, d_sigma, d_shift = (expand_as(b - a, x) for a, b in zip(at, to, strict=True))
-        return x + d_alpha * pred.x0 + d_sigma * pred.noise + d_shift
+        at, to = self.at(t), self.at(s)
+        d_alpha, d_sigma, d_shift = (b - a for a, b in zip(at, to, strict=True))
+        out = weighted_sum((1.0, x), (d_alpha, pred.x0), (d_sigma, pred.noise))
+        return _moved(out, d_shift)
 
     def complete(
         self, x: Tensor, t: Time, *, x0: Tensor | None = None, noise: Tensor | None = None
@@ -84,24 +93,60 @@ class Process(ABC):
         """
         if (x0 is None) == (noise is None):
             raise ValueError("expected one of x0 and noise")
-        alpha, sigma, shift = self.coefficients(t)
-        if noise is not None and (alpha == 0).any():
+        alpha, sigma, shift = self.at(t)
+        if noise is not None and has_zero(alpha):
             raise ValueError(
                 "x0 cannot be told from the noise at alpha = 0: start below pure noise"
             )
-        if x0 is not None and (sigma == 0).any():
+        if x0 is not None and has_zero(sigma):
             raise ValueError(
                 "the noise cannot be told from x0 at sigma = 0: end the grid before clean data, or "
                 "evaluate the network at noisy levels only"
             )
-        alpha, sigma, shift = (expand_as(c, x) for c in (alpha, sigma, shift))
+        moved = _moved(x, -shift)
         if noise is not None:
-            return Prediction((x - shift - sigma * noise) / alpha, noise)
-        return Prediction(x0, (x - shift - alpha * x0) / sigma)  # type: ignore[operator,arg-type]
+            return Prediction(weighted_sum((1 / alpha, moved), (-sigma / alpha, noise)), noise)
+        assert x0 is not None
+        return Prediction(x0, weighted_sum((1 / sigma, moved), (-alpha / sigma, x0)))
 
     def coefficients(self, t: Time) -> tuple[Tensor, Tensor, Tensor]:
         """Return (alpha, sigma, shift) at `t`."""
-        return self.alpha(t), self.sigma(t), self.shift(t)
+        return self._recall(t)[0]
+
+    def at(self, t: Time) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
+        """Return `coefficients` as numbers where `t` is one plain level, for fast arithmetic."""
+        tensors, numbers = self._recall(t)
+        return tensors if numbers is None else numbers
+
+    def _recall(
+        self, t: Time
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[float, float, float] | None]:
+        """Return both; a walk asks for the same few levels again and again, so they are kept."""
+        level = number(t)
+        if level is None:
+            return (self.alpha(t), self.sigma(t), self.shift(t)), None
+        memo = self.__dict__.setdefault("_memo", {})
+        key = level, getattr(t, "dtype", None)
+        found = memo.get(key)
+        if found is None:
+            tensors = self.alpha(t), self.sigma(t), self.shift(t)
+            if any(number(c) is None for c in tensors):
+                return tensors, None  # a shift of the size of a sample is not to be kept
+            if len(memo) >= 1 << 14:
+                memo.clear()
+            found = memo[key] = tensors, tuple(c.item() for c in tensors)
+        return found
+
+    def remember(self, times: Tensor) -> None:
+        """Compute the coefficients at all levels of a walk, (N,) on the CPU, in one go."""
+        parts = self.alpha(times), self.sigma(times), self.shift(times)
+        if any(c.shape != times.shape or c.requires_grad for c in parts):
+            return
+        memo = self.__dict__.setdefault("_memo", {})
+        each = zip(*(c.unbind() for c in parts), strict=True)
+        numbers = zip(*(c.tolist() for c in parts), strict=True)
+        for t, tensors, values in zip(times.tolist(), each, numbers, strict=True):
+            memo.setdefault((t, times.dtype), (tensors, values))
 
     def rates(self, t: Time) -> tuple[Tensor, Tensor, Tensor]:
         """Return d/dt of (alpha, sigma, shift) at `t`, by automatic differentiation.
@@ -111,7 +156,7 @@ class Process(ABC):
         with torch.enable_grad():
             t = torch.as_tensor(t, dtype=torch.float64).detach().requires_grad_()
             out = []
-            for c in self.coefficients(t):
+            for c in self.coefficients(t):  # t is tracked: nothing is remembered
                 if c.requires_grad:
                     (g,) = torch.autograd.grad(c.sum(), t, retain_graph=True)
                 else:
@@ -142,7 +187,8 @@ class Process(ABC):
 
     def logsnr(self, t: Time) -> Tensor:
         """Return log(alpha^2 / sigma^2): falls with `t`, infinite where one of them is zero."""
-        return 2 * (self.alpha(t).log() - self.sigma(t).log())
+        alpha, sigma, _ = self.coefficients(t)
+        return 2 * (alpha.log() - sigma.log())
 
     def time_at(self, logsnr: Time) -> Tensor:
         """Return the `t` of a log signal-to-noise ratio in float64, by bisection within [0, 1]."""

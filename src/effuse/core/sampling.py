@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -33,6 +34,10 @@ def check_times(times: Tensor) -> Tensor:
     return times
 
 
+def _named(index: int, solver: Solver, t: Tensor, s: Tensor) -> str:
+    return f"step {index} of {type(solver).__name__}, t {t:.4g} to {s:.4g}"
+
+
 @torch.no_grad()
 def sample(
     denoiser: Denoiser,
@@ -61,7 +66,8 @@ def sample(
         ValueError: `times` is no walk within [0, 1].
         FloatingPointError: a step gave a NaN or an infinity; names the step and its levels.
     """
-    times = check_times(times).to(x.device)
+    times = check_times(times).cpu()  # coefficients are numbers: nothing waits for a device
+    denoiser.process.remember(times)
     state = solver.init(x)
     for index, (t, s) in enumerate(pairwise(times)):
         step = solver.step(denoiser, x, t, s, state, rng=rng)
@@ -70,5 +76,5 @@ def sample(
             if changed is not None:
                 step = step._replace(x=changed)
         x, state = step
-        require_finite(x, f"step {index} of {type(solver).__name__}, t {t:.4g} to {s:.4g}")
+        require_finite(x, functools.partial(_named, index, solver, t, s))
     return x

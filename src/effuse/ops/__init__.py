@@ -1,5 +1,5 @@
 """Tensors in, tensors out: small exact pieces that know nothing of models."""
 
-from .tensors import expand_as, randn_like, require_finite
+from .tensors import expand_as, randn_like, require_finite, weighted_sum
 
-__all__ = ["expand_as", "randn_like", "require_finite"]
+__all__ = ["expand_as", "randn_like", "require_finite", "weighted_sum"]

@@ -1,9 +1,13 @@
-"""Broadcasting, seeded noise, the narrowest exact type and the check for finite values."""
+"""Broadcasting, weighted sums, seeded noise, the narrowest exact type, finite values."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def expand_as(a: Tensor | float, like: Tensor) -> Tensor:
@@ -20,7 +24,9 @@ def expand_as(a: Tensor | float, like: Tensor) -> Tensor:
     Raises:
         ValueError: `a` is none of these.
     """
-    a = torch.as_tensor(a, device=like.device)
+    a = torch.as_tensor(
+        a, device=like.device, dtype=None if isinstance(a, Tensor) else torch.float64
+    )
     if a.ndim == 0:
         return a
     if a.ndim == like.ndim and all(n in (1, m) for n, m in zip(a.shape, like.shape, strict=True)):
@@ -31,6 +37,49 @@ def expand_as(a: Tensor | float, like: Tensor) -> Tensor:
             f"{tuple(like.shape)}: expected () or ({like.shape[0]},)"
         )
     return a.to(like.dtype).reshape(-1, *([1] * (like.ndim - 1)))
+
+
+def number(c: Tensor | float) -> float | None:
+    """Return `c` as a number, or None if it must stay a tensor.
+
+    That is if it has rows, is on a device that would have to be waited for, or something is
+    differentiating or batching through it.
+    """
+    if not isinstance(c, Tensor):
+        return float(c)
+    if c.ndim or c.requires_grad or not c.is_cpu:
+        return None
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return None
+    return c.item()
+
+
+def has_zero(c: Tensor | float) -> bool:
+    """Say whether `c`, a number or a tensor, is or has a zero."""
+    return bool((c == 0).any()) if isinstance(c, Tensor) else c == 0
+
+
+def weighted_sum(*terms: tuple[Tensor | float, Tensor]) -> Tensor:
+    """Return sum_i c_i x_i; c_i: () or (B,), x_i: (B, *) of one shape.
+
+    With plain numbers for c and one type for x it takes one new tensor and a pass a term.
+    """
+    first = terms[0][1]
+    by = [number(c) for c, _ in terms]
+    alike = all(x.dtype == first.dtype and x.shape == first.shape for _, x in terms[1:])
+    if not alike or None in by or torch._C._are_functorch_transforms_active():
+        out = expand_as(terms[0][0], first) * first
+        for c, x in terms[1:]:
+            out = out + expand_as(c, x) * x
+        return out
+    numbers: list[float] = by  # type: ignore[assignment]
+    if numbers[0] == 1 and len(terms) > 1:
+        out, rest = torch.add(first, terms[1][1], alpha=numbers[1]), 2
+    else:
+        out, rest = first * numbers[0], 1
+    for c, (_, x) in zip(numbers[rest:], terms[rest:], strict=True):
+        out.add_(x, alpha=c)
+    return out
 
 
 def randn_like(x: Tensor, rng: torch.Generator | None = None) -> Tensor:
@@ -58,8 +107,11 @@ def narrowest(x: Tensor) -> Tensor:
     return x
 
 
-def require_finite(x: Tensor, what: str) -> None:
+def require_finite(x: Tensor, what: str | Callable[[], str]) -> None:
     """Raise `FloatingPointError` naming `what` if `x` holds a NaN or an infinity."""
-    if not torch.isfinite(x).all():
-        bad = int((~torch.isfinite(x)).sum())
-        raise FloatingPointError(f"{what}: {bad} of {x.numel()} values are not finite")
+    if math.isfinite(x.sum().item()):  # one pass that writes nothing; a sum may overflow, though
+        return
+    bad = int((~torch.isfinite(x)).sum())
+    if bad:
+        named = what if isinstance(what, str) else what()
+        raise FloatingPointError(f"{named}: {bad} of {x.numel()} values are not finite")

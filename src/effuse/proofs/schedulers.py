@@ -201,6 +201,8 @@ def board(
                     "std_error": error,
                     "ring_w2": w2,
                     "beside": run.beside,
+                    # three deviations of the difference of two sampled ones
+                    "chance": 3 / math.sqrt(few.numel()) if run.random else 0.0,
                 }
             )
     return rows
@@ -312,16 +314,18 @@ def within(rows: Sequence[dict[str, Any]], calls: Sequence[int]) -> list[Claim]:
 def counterparts(rows: Sequence[dict[str, Any]]) -> list[Claim]:
     """Claim that none is worse than the scheduler of diffusers that takes the same steps."""
     out = []
-    for key, unit, slack in (("std_error", "relative error of std", 0.002), ("ring_w2", "W2", 0.0)):
+    for key, unit, slack in (
+        ("std_error", "relative error of std", 0.002),
+        ("ring_w2", "W2", 0.005),
+    ):
         found, worst, which = _of(rows, key), -math.inf, ""
         for r in rows:
             theirs = ("diffusers", r["beside"], r["calls"])
             if r["part"] != "board" or r["of"] != "effuse" or theirs not in found:
                 continue
-            by = abs(r[key]) - abs(found[theirs])
+            by = abs(r[key]) - abs(found[theirs]) - (r["chance"] if key == "std_error" else 0.0)
             if by > worst:
                 worst, which = by, f"{r['scheduler']} at {r['calls']} calls"
-        slack = slack or 0.05 * max(abs(v) for v in found.values() if math.isfinite(v))
         out.append(
             Claim(
                 f"no exported solver is worse than its counterpart of diffusers at equal calls, in "

@@ -10,12 +10,13 @@ from torch import Tensor
 from effuse.core.contracts import Denoiser, Process, Solver, Step, Time
 from effuse.core.errors import check_fraction
 from effuse.core.method import method
-from effuse.ops.tensors import expand_as, randn_like
+from effuse.ops.tensors import randn_like, weighted_sum
 
 
 def shrink(process: Process, t: Time, s: Time) -> Tensor:
     """Return r_s / r_t, r = sigma / alpha, () or (B,); one where a step stays at either end."""
-    above, below = process.sigma(s) * process.alpha(t), process.alpha(s) * process.sigma(t)
+    (alpha_t, sigma_t, _), (alpha_s, sigma_s, _) = process.coefficients(t), process.coefficients(s)
+    above, below = sigma_s * alpha_t, alpha_s * sigma_t
     return torch.where(below == 0, 1.0, above / torch.where(below == 0, 1.0, below))
 
 
@@ -26,7 +27,7 @@ def fresh_noise(process: Process, t: Time, s: Time, eta: float) -> tuple[Tensor,
 
     r = sigma / alpha; eta = 1 is the reverse transition (for VP, DDPM's posterior variance).
     """
-    sigma_s = process.sigma(s)
+    sigma_s = process.coefficients(s)[1]
     fresh = eta * sigma_s * (1 - shrink(process, t, s).square()).clamp_min(0).sqrt()
     return (sigma_s.square() - fresh.square()).clamp_min(0).sqrt(), fresh
 
@@ -71,5 +72,6 @@ class DDIM(Solver):
         if self.eta == 0:
             return Step(out)
         kept, fresh = fresh_noise(process, t, s, self.eta)
-        change = expand_as(kept - process.sigma(s), x)
-        return Step(out + change * pred.noise + expand_as(fresh, x) * randn_like(x, rng))
+        change = kept - process.coefficients(s)[1]
+        z = randn_like(x, rng)
+        return Step(weighted_sum((1.0, out), (change, pred.noise), (fresh, z)))

@@ -11,7 +11,7 @@ from torch import Tensor
 from effuse.core.contracts import Denoiser, Process, Solver, Step, Time
 from effuse.core.errors import check_fraction
 from effuse.core.method import method
-from effuse.ops.tensors import expand_as, randn_like
+from effuse.ops.tensors import expand_as, randn_like, weighted_sum
 
 from .ddim import shrink
 from .multistep import along_data, kept
@@ -42,7 +42,7 @@ def midpoint(
         return x0, torch.zeros_like(h, dtype=torch.bool), Past(x0, h)
     high = h.isfinite() & past.h.isfinite() & (past.h != 0)
     gain = torch.where(high, h / past.h / 2, 0.0)
-    return x0 + expand_as(gain, x0) * (x0 - past.x0), high, Past(x0, h)
+    return weighted_sum((1 + gain, x0), (-gain, past.x0)), high, Past(x0, h)
 
 
 @method("dpmpp", paper="DPM-Solver++", year=2022)
@@ -108,13 +108,14 @@ class DPMpp2MSDE(Solver):
         """See `Solver.step`."""
         process = denoiser.process
         data, _, past = midpoint(process, denoiser(x, t).x0, t, s, state)
-        sigma_t, sigma_s = process.sigma(t), process.sigma(s)
+        _, sigma_t, center_t = process.coefficients(t)
+        alpha_s, sigma_s, center_s = process.coefficients(s)
         ratio = shrink(process, t, s)  # e^-h, finite at pure noise and zero at clean data
         calm = ratio**self.eta
         keep = torch.where(sigma_t == 0, 1.0, sigma_s / torch.where(sigma_t == 0, 1.0, sigma_t))
-        gain = process.alpha(s) * (1 - ratio * calm)
+        gain = alpha_s * (1 - ratio * calm)
         fresh = sigma_s * (1 - calm.square()).clamp_min(0).sqrt()
-        center_t, center_s = (expand_as(process.shift(u), x) for u in (t, s))
-        out = expand_as(keep * calm, x) * (x - center_t) + center_s
-        out = out + (expand_as(gain, data) * data).to(x.dtype)
-        return Step(out + expand_as(fresh, x) * randn_like(x, rng), past)
+        z = randn_like(x, rng)
+        moved = keep * calm * center_t
+        out = weighted_sum((keep * calm, x), (gain, data.to(x.dtype)), (fresh, z))
+        return Step(out + expand_as(center_s - moved, x), past)

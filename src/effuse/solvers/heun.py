@@ -41,7 +41,7 @@ class Heun(Solver):
         """See `Solver.step`."""
         process, pred = denoiser.process, denoiser(x, t)
         guess = process.advance(x, t, s, pred)
-        noisy = process.sigma(s) > 0
+        noisy = process.coefficients(s)[1] > 0
         if not noisy.any():
             return Step(guess)
         half = 0.5 * noisy.to(x.dtype)  # a row that ends in clean data keeps its Euler step

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from effuse.core.contracts import Prediction, Process, Time
-from effuse.ops.tensors import expand_as
+from effuse.ops.tensors import expand_as, weighted_sum
 
 # c_j = (a + b beta) / d over the newest values first; beta = 1 is Adams-Bashforth.
 _WEIGHTS: dict[int, tuple[int, tuple[tuple[int, int], ...]]] = {
@@ -38,10 +38,7 @@ def weights(order: int, beta: float = 1.0) -> tuple[float, ...]:
 
 def combine(past: Sequence[Tensor], by: Sequence[float]) -> Tensor:
     """Return sum_j by_j past_j; past: each (B, *), newest first."""
-    out = by[0] * past[0]
-    for w, value in zip(by[1:], past[1:], strict=True):
-        out = out + w * value
-    return out
+    return past[0] if tuple(by) == (1,) else weighted_sum(*zip(by, past, strict=True))
 
 
 def kept(x: Tensor) -> Tensor:
@@ -51,18 +48,18 @@ def kept(x: Tensor) -> Tensor:
 
 def noise_gain(process: Process, t: Time, s: Time) -> Tensor:
     """Return alpha_s (r_s - r_t), r = sigma / alpha; zero at pure noise, where r_t is infinite."""
-    alpha_t, alpha_s = process.alpha(t), process.alpha(s)
+    (alpha_t, sigma_t, _), (alpha_s, sigma_s, _) = process.coefficients(t), process.coefficients(s)
     empty = alpha_t == 0
     ratio = alpha_s / torch.where(empty, 1.0, alpha_t)
-    return torch.where(empty, 0.0, process.sigma(s) - process.sigma(t) * ratio)
+    return torch.where(empty, 0.0, sigma_s - sigma_t * ratio)
 
 
 def data_gain(process: Process, t: Time, s: Time) -> Tensor:
     """Return sigma_s (1 / r_s - 1 / r_t); zero at clean data, where 1 / r_t is infinite."""
-    sigma_t, sigma_s = process.sigma(t), process.sigma(s)
+    (alpha_t, sigma_t, _), (alpha_s, sigma_s, _) = process.coefficients(t), process.coefficients(s)
     clean = sigma_t == 0
     ratio = sigma_s / torch.where(clean, 1.0, sigma_t)
-    return torch.where(clean, 0.0, process.alpha(s) - process.alpha(t) * ratio)
+    return torch.where(clean, 0.0, alpha_s - alpha_t * ratio)
 
 
 def along_noise(
@@ -73,8 +70,7 @@ def along_noise(
     Computed as advance(x, pred) + alpha_s (r_s - r_t) (noise - pred.noise): the same map, finite
     at both ends. From pure noise the DDIM step, as only the prediction itself fits x there.
     """
-    gain = expand_as(noise_gain(process, t, s), noise)
-    return process.advance(x, t, s, pred) + (gain * (noise - pred.noise)).to(x.dtype)
+    return _bent(process, x, t, s, pred, noise_gain(process, t, s), noise, pred.noise)
 
 
 def along_data(
@@ -85,5 +81,23 @@ def along_data(
     Computed as advance(x, pred) + (alpha_s - alpha_t sigma_s / sigma_t) (x0 - pred.x0): the same
     map, finite at both ends.
     """
-    gain = expand_as(data_gain(process, t, s), x0)
-    return process.advance(x, t, s, pred) + (gain * (x0 - pred.x0)).to(x.dtype)
+    return _bent(process, x, t, s, pred, data_gain(process, t, s), x0, pred.x0)
+
+
+def _bent(
+    process: Process,
+    x: Tensor,
+    t: Time,
+    s: Time,
+    pred: Prediction,
+    gain: Tensor,
+    used: Tensor,
+    own: Tensor,
+) -> Tensor:
+    """Return advance(x, pred) + gain (used - own)."""
+    out = process.advance(x, t, s, pred)
+    if used is own:
+        return out
+    if used.dtype != x.dtype:
+        return out + (expand_as(gain, used) * (used - own)).to(x.dtype)
+    return weighted_sum((1.0, out), (gain, used), (-gain, own))

@@ -173,6 +173,6 @@ class UniPC(Solver):
 
 def carried(process: Process, t: Time, s: Time, change: Tensor) -> Tensor:
     """Return what a change of x at level `t` becomes at `s` while D is held: sigma_s / sigma_t."""
-    sigma_t = process.sigma(t)
-    ratio = process.sigma(s) / torch.where(sigma_t == 0, 1.0, sigma_t)
+    sigma_t, sigma_s = process.coefficients(t)[1], process.coefficients(s)[1]
+    ratio = sigma_s / torch.where(sigma_t == 0, 1.0, sigma_t)
     return expand_as(torch.where(sigma_t == 0, 1.0, ratio), change) * change
