@@ -540,6 +540,23 @@ class TestEdit:
         assert gaps[1] < 0.05
 
     @pytest.mark.bridge
+    def test_the_clip_of_the_scheduler_is_for_sampling_only(self):
+        model, pictures = wrap(tiny_ddpm()), self.pictures()
+        assert model.schedule.clip is not None
+        out = edit(model, pictures, SDEdit(0.9, 6), rng=seeded())
+        assert out.sample.abs().max() <= 1
+        loose = SDEdit(0.9, 6)(model.bare, 2 * pictures - 1, rng=seeded()).x
+        assert loose.abs().max() > 1
+        still = CODE(levels=8, corrections=0, noise=0.0)
+        expected = still(model.bare, 2 * pictures - 1).x
+        torch.testing.assert_close(edit(model, pictures, still).sample, expected)
+
+    @pytest.mark.bridge
+    def test_a_network_of_classes_needs_them(self):
+        with pytest.raises(ValueError, match="list of class labels"):
+            edit(wrap(tiny_dit_pipe()), self.pictures(), self.quick)
+
+    @pytest.mark.bridge
     def test_guidance_acts_on_the_way_down_only(self):
         model, pictures = wrap(tiny_sd()), self.pictures()
         still = CODE(levels=6, corrections=0, noise=0.0)
