@@ -331,10 +331,11 @@ def test_band_of_latents():
 def test_band_around_a_reference():
     process, t, center = Linear(), 0.3, torch.tensor([0.5, -0.5], dtype=torch.float64)
     x = 3 * rand(50, 2)
-    out = Around(center, 1.0)(x, t, process)
+    out = Around(center, 1.5)(x, t, process)
     off = (out - process.alpha(t) * center) / process.sigma(t)
-    assert off.abs().max() <= 1 + 1e-12
-    inside = (x - process.alpha(t) * center).abs() <= process.sigma(t)
+    assert float(off.max()) == pytest.approx(1.5)
+    assert float(off.min()) == pytest.approx(-1.5)
+    inside = (x - process.alpha(t) * center).abs() <= 1.5 * process.sigma(t)
     assert torch.equal(out[inside], x[inside])
     assert torch.equal(Around(center, math.inf)(x, t, process), x)
 
