@@ -170,7 +170,7 @@ def test_a_full_disk_leaves_the_earlier_result(folder, tmp_path, capsys, monkeyp
 
 def test_help_is_quick_and_names_the_commands():
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "effuse.cli", "--help"],
+        [sys.executable, "-X", "importtime", "-m", "effuse", "--help"],
         capture_output=True,
         text=True,
         check=True,
@@ -193,3 +193,46 @@ def test_importing_diffusers_says_nothing_and_warnings_of_others_stay():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert [line for line in done.stderr.splitlines() if line] == ["of use"]
+
+
+def test_sample_takes_fields_and_a_grid(folder, tmp_path):
+    from PIL import Image, ImageChops
+
+    files = {}
+    for grid in ("Tapered", "{Karras: {rho: 5}}"):
+        out = files[grid] = tmp_path / f"{grid[:3]}.png"
+        solver = "{momentum: {order: 2.7}}"
+        shown = run(
+            *("sample", folder, "red apple", "--solver", solver, "--grid", grid),
+            *("--steps", 3, "--count", 1, "--out", out),
+        )
+        assert "1 pictures in" in shown
+    a, b = (Image.open(f) for f in files.values())
+    assert ImageChops.difference(a, b).getbbox() is not None
+
+
+def test_edit_writes_before_and_after(folder, tmp_path):
+    import torch
+    from PIL import Image
+
+    from effuse.ops.picture import to_image
+
+    picture = tmp_path / "in.png"
+    to_image(torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))).save(picture)
+    out = tmp_path / "edited.png"
+    method = (
+        "{confident_ode: {levels: 6, depth: 0.5, langevin: {Langevin: {size: 1.0e-4, steps: 4}}}}"
+    )
+    shown = run("edit", folder, picture, "--method", method, "--out", out)
+    assert "calls each" in shown
+    assert Image.open(out).height > 32  # before above after
+    run("edit", folder, picture, "--method", "{sdedit: {levels: 4}}", "--prompt", "x", "--out", out)
+    for words, said in (
+        (("--method", "sdedid"), "did you mean 'sdedit'"),
+        (("--method", "{sdedit: {dept: 1}}"), "did you mean 'depth'"),
+        (("--method", "[sdedit]"), "expected a name, or"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run("edit", folder, picture, *words, "--out", out)
+    with pytest.raises(ValueError, match="there is no such file"):
+        run("edit", folder, tmp_path / "none.png", "--out", out)

@@ -1,32 +1,15 @@
-"""The commands: slim, recipes, sample, compare, train, methods, prove."""
+"""slim, recipes, compare, train: pipelines that become others."""
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-app = typer.Typer(
-    name="effuse",
-    help="Make a diffusion pipeline small, fast and controllable. Lighter gases effuse faster.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
-console = Console()
-
-Pipeline = Annotated[str, typer.Argument(help="house:NAME, a diffusers folder, or a hub id")]
+from .common import Pipeline, console, folder_of, show_table
 
 
-@app.command()
 def slim(
     pipeline: Pipeline,
     recipe: Annotated[str, typer.Option(help="YAML file, or a shipped name: effuse recipes")],
@@ -70,17 +53,16 @@ def slim(
             page = result.report(
                 page_folder,
                 saved=folder,
-                source=_folder(pipeline),
+                source=folder_of(pipeline),
                 pictures=pictures,
                 seed=seed,
                 steps=steps,
                 command=f"effuse slim {pipeline} --recipe {Path(recipe).name} --out {out.name}",
             )
-            _table(page)
+            show_table(page)
             console.print(f"report [bold]{page.path}[/]")
 
 
-@app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="one recipe in full")] = None,
 ) -> None:
@@ -99,33 +81,6 @@ def recipes(
     console.print(known[name], markup=False, highlight=False, end="")
 
 
-@app.command()
-def sample(
-    pipeline: Pipeline,
-    prompt: Annotated[list[str] | None, typer.Argument(help="prompts or class names")] = None,
-    solver: Annotated[str | None, typer.Option(help="a solver's name: effuse methods")] = None,
-    steps: Annotated[int, typer.Option(help="sampling steps")] = 25,
-    guidance: Annotated[float | None, typer.Option(help="guidance scale")] = None,
-    count: Annotated[int, typer.Option(help="pictures a prompt")] = 4,
-    seed: Annotated[int, typer.Option(help="seed of the first picture")] = 0,
-    out: Annotated[Path, typer.Option(help="PNG file")] = Path("grid.png"),
-) -> None:
-    """Sample pictures into one PNG, a row a prompt."""
-    from effuse.recipe import load
-    from effuse.report import draw, picture_file, save_grid
-
-    picture_file(out)
-    pipe = load(pipeline)
-    if solver is not None:
-        from effuse.bridge.scheduler import scheduler
-
-        pipe.register_modules(scheduler=scheduler(solver, pipe.scheduler))
-    pictures = draw(pipe, prompt or None, count=count, steps=steps, guidance=guidance, seed=seed)
-    save_grid(pictures, out, columns=count)
-    console.print(f"{len(pictures)} pictures in [bold]{out}[/]")
-
-
-@app.command()
 def compare(
     pipelines: Annotated[
         list[str], typer.Argument(help="two or more pipelines; the first is 'before'")
@@ -150,15 +105,14 @@ def compare(
             load(name),
             steps=settings.get("num_inference_steps", steps),
             guidance=settings.get("guidance_scale"),
-            folder=_folder(name),
+            folder=folder_of(name),
         )
     command = f"effuse compare {' '.join(pipelines)}"
     result = page(entries, out=out, pictures=pictures, seed=seed, command=command)
-    _table(result)
+    show_table(result)
     console.print(f"report [bold]{result.path}[/]")
 
 
-@app.command()
 def train(
     name: Annotated[str, typer.Argument(help="house:NAME")],
     out: Annotated[Path | None, typer.Option(help="folder for checkpoints and weights")] = None,
@@ -175,66 +129,10 @@ def train(
     house.train(name.removeprefix("house:"), out=out, minutes=minutes, steps=steps, seed=seed)
 
 
-@app.command()
-def methods(
-    name: Annotated[str | None, typer.Argument(help="one method in full")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
-) -> None:
-    """List the methods, or show one: what it is, paper, what it buys, evidence."""
-    from effuse.core.method import methods as cards
-    from effuse.docs import evidence_of, facts
-
-    known = cards()
-    if name is None:
-        if as_json:
-            console.print_json(json.dumps([facts(c) for c in known.values()]))
-            return
-        table = Table("method", "family", "what it is", "evidence", box=None, header_style="bold")
-        for card in known.values():
-            table.add_row(card.name, card.family, card.summary, evidence_of(card.name))
-        console.print(table)
-        return
-    if name not in known:
-        from effuse.core.fields import nearest
-
-        raise ValueError(f"no method {name!r}{nearest(name, known)}")
-    card = known[name]
-    if as_json:
-        console.print_json(json.dumps(facts(card)))
-        return
-    for key, value in facts(card).items():
-        if value:
-            console.print(f"[bold]{key}[/]: {value}", highlight=False)
-    for cls in card.classes:
-        console.rule(cls.__name__)
-        console.print(cls.__doc__, markup=False, highlight=False)
-
-
-@app.command()
-def prove(
-    name: Annotated[str | None, typer.Argument(help="a method with a proof")] = None,
-    size: Annotated[str, typer.Option(help="smoke, small or proof")] = "small",
-    everything: Annotated[bool, typer.Option("--all", help="every proof")] = False,
-    out: Annotated[Path, typer.Option(help="folder of NAME.json")] = Path("evidence"),
-) -> None:
-    """Run a method's claim against its baseline, here and now, and write the evidence."""
-    from effuse import proofs
-
-    if (name is None) == (not everything):
-        raise ValueError("expected one method's name, or --all")
-    for one in proofs.names() if name is None else [name]:
-        evidence = proofs.prove(one, size=size, out=out)
-        console.print(evidence.summary())
-
-
 def _holds_other_things(out: Path) -> bool:
     """Say whether a folder has something in it and is not what `slim` left there before."""
     ours = (out / "pipeline").exists() or (out / ".work").exists()
     return not ours and any(not f.name.startswith(".effuse") for f in out.iterdir())
-
-
-def _folder(name: str) -> Path | None:
-    return Path(name) if Path(name).is_dir() else None
 
 
 def _short(row: dict[str, Any]) -> str:
@@ -244,36 +142,3 @@ def _short(row: dict[str, Any]) -> str:
         if isinstance(v, (int, float, str)) and v and k not in ("method", "component")
     ]
     return f"  [bold]{row['method']}[/]: {', '.join(parts)}"
-
-
-def _table(page: Any) -> None:
-    table = Table(*page.header(), box=None, header_style="bold")
-    for row in page.rows():
-        table.add_row(*row)
-    console.print(table)
-
-
-# Importing diffusers tries torchao, if it is there, which warns of its kernels for other machines.
-_CHATTER = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
-# Read when these are imported: transformers tells of its optional packages, torch of its profiler.
-_QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-
-
-def main(run: Callable[[], None] = app) -> None:
-    """Run the command line; an error a user can mend is one line, not a traceback."""
-    for name in _CHATTER:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for name, quiet in _QUIET.items():
-        os.environ.setdefault(name, quiet)
-    try:
-        run()
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        if os.environ.get("EFFUSE_DEBUG"):
-            raise
-        message = escape(str(error))
-        Console(stderr=True).print(f"[bold red]error[/]: {message}", highlight=False)
-        raise SystemExit(2) from error
-
-
-if __name__ == "__main__":
-    main()

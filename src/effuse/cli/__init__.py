@@ -1,0 +1,46 @@
+"""The commands of `effuse`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from .knowing import methods, prove
+from .sampling import edit, sample
+from .slimming import compare, recipes, slim, train
+
+app = typer.Typer(
+    name="effuse",
+    help="Make a diffusion pipeline small, fast and controllable. Lighter gases effuse faster.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+for command in (slim, recipes, sample, edit, compare, train, methods, prove):
+    app.command()(command)
+
+# Importing diffusers tries torchao, if it is there, which warns of its kernels for other machines.
+_CHATTER = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+# Read when these are imported: transformers tells of its optional packages, torch of its profiler.
+_QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+
+
+def main(run: Callable[[], None] = app) -> None:
+    """Run the command line; an error a user can mend is one line, not a traceback."""
+    for name in _CHATTER:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for name, quiet in _QUIET.items():
+        os.environ.setdefault(name, quiet)
+    try:
+        run()
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        if os.environ.get("EFFUSE_DEBUG"):
+            raise
+        message = escape(str(error))
+        Console(stderr=True).print(f"[bold red]error[/]: {message}", highlight=False)
+        raise SystemExit(2) from error
