@@ -430,6 +430,27 @@ def test_sdedit_of_a_gaussian_is_the_posterior():
     assert abs(float(twice.mean()) - (m + gain**2 * (2 - m))) < 0.02
 
 
+def test_sdedit_starts_at_its_depth_and_clamps_at_every_level():
+    seen, clamped = [], []
+
+    class Spy(Gaussian):
+        def forward(self, x, t, **cond):
+            seen.append((x, float(t)))
+            return super().forward(x, t)
+
+    def spy(x, t, process):
+        clamped.append(float(t))
+        return x / 2
+
+    process, x = table(), rand(3, 2)
+    SDEdit(0.5, 5, band=spy)(Spy(process), x, rng=seeded())
+    first, t = seen[0]
+    assert t == clamped[0] == pytest.approx(float(climb(process, 5, 0.5)[-1]))
+    expected = process.corrupt(x, t, torch.randn(3, 2, generator=seeded(), dtype=x.dtype))
+    torch.testing.assert_close(first, expected / 2)
+    assert clamped == [t for _, t in seen] + [0.0]
+
+
 def test_sdedit_takes_any_solver():
     model = Gaussian(Linear(), 0.0, 0.5)
     x = rand(3, 2)
