@@ -1,4 +1,4 @@
-"""METHODS.md and README's table, generated from the cards and the evidence.
+"""METHODS.md and the tables of README and the guide, generated from cards and evidence.
 
 `python -m effuse.docs` writes them; `--check` fails if they would change.
 """
@@ -12,8 +12,6 @@ from typing import Any
 
 from effuse.core.files import write_whole
 from effuse.core.method import Card, methods
-
-BEGIN, END = "<!-- methods -->", "<!-- /methods -->"
 
 
 def facts(card: Card) -> dict[str, Any]:
@@ -108,19 +106,45 @@ def readme_table(folder: Path) -> str:
     return "\n".join(out)
 
 
+def schedulers_table(folder: Path) -> str:
+    """Return the table of all schedulers from its evidence: errors at each number of calls."""
+    found = evidence("schedulers", folder)
+    if found is None:
+        return ""
+    board = [r for r in found["rows"] if r["part"] == "board"]
+    calls = sorted({r["calls"] for r in board})
+    heads = [f"{k} {n}" for k in ("std", "W2") for n in calls]
+    out = [f"| scheduler | of | {' | '.join(heads)} |", "| --- " * (len(heads) + 2) + "|"]
+    for name, of in dict.fromkeys((r["scheduler"], r["of"]) for r in board):
+        mine = {r["calls"]: r for r in board if (r["scheduler"], r["of"]) == (name, of)}
+        cells = [
+            f"{mine[n][key]:{form}}" if n in mine and mine[n][key] is not None else "-"
+            for key, form in (("std_error", "+.3f"), ("ring_w2", ".3f"))
+            for n in calls
+        ]
+        out.append(f"| {name} | {of} | {' | '.join(cells)} |")
+    return "\n".join([*out, "", f"Size {found['size']}. {found['notes']}"])
+
+
+def _between(text: str, name: str, filled: str, where: str) -> str:
+    """Return `text` with what is between the marks of `name` replaced."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{where}: expected one {begin} and one {end}")
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{filled}\n{end}{rest.split(end)[1]}"
+
+
 def pages(root: Path) -> dict[Path, str]:
     """Return every generated file with its text."""
-    readme = root / "README.md"
-    text = readme.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"README.md: expected one {BEGIN} and one {END}")
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    table = readme_table(root / "evidence")
-    return {
-        readme: f"{head}{BEGIN}\n{table}\n{END}{tail}",
-        root / "docs" / "METHODS.md": methods_page(root / "evidence"),
-    }
+    proofs = root / "evidence"
+    out = {root / "docs" / "METHODS.md": methods_page(proofs)}
+    for page, name, filled in (
+        (root / "README.md", "methods", readme_table(proofs)),
+        (root / "docs" / "solvers.md", "schedulers", schedulers_table(proofs)),
+    ):
+        out[page] = _between(page.read_text(), name, filled, page.name)
+    return out
 
 
 def main(argv: list[str]) -> int:
