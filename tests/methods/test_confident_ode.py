@@ -590,6 +590,8 @@ class TestEdit:
         assert (away.sample - strong.sample).abs().max() > 1e-4
         text = edit(model, pictures, SDEdit(0.6, 6), "a b", guidance=5.0, rng=seeded())
         other = edit(model, pictures, SDEdit(0.6, 6), "c d", guidance=5.0, rng=seeded())
+        weak = edit(model, pictures, SDEdit(0.6, 6), "a b", guidance=2.0, rng=seeded())
+        assert (text.sample - weak.sample).abs().max() > 1e-4
         assert text.latents is None
         assert (text.sample - other.sample).abs().max() > 1e-4
 
