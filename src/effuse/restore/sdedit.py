@@ -25,8 +25,8 @@ class SDEdit(Editor):
     levels: levels of a whole walk from t = 1; those within `depth` are taken, a call each.
     repeats: how often; each begins with what the last one gave.
     solver: samples; ancestral, as in the paper.
-    band: clamps the sample at every level; None leaves it. It takes outliers out, but cuts the tails
-        of fresh noise too: deep walks come out less realistic (see the evidence of confident_ode).
+    band: clamps the sample at every level; None leaves it. It takes outliers out, but cuts the
+        tails of fresh noise too: deep walks come out less realistic.
     """
 
     depth: float = 0.5
