@@ -1,0 +1,57 @@
+"""Control: wrap denoisers, steer the walk."""
+
+from .base import Control, Controlled, control_named, controlled
+from .densities import AND, OR, Fixed, Rule
+from .guide import Guide
+from .superdiff import (
+    Maruyama,
+    Reverse,
+    Several,
+    SigmaEuler,
+    Superdiff,
+    Superposition,
+    SuperpositionODE,
+    Trace,
+)
+from .w2sd import (
+    W2SD,
+    Branch,
+    Pair,
+    Reflect,
+    Source,
+    Target,
+    guidance_pair,
+    lora_pair,
+    model_pair,
+    prompt_pair,
+)
+
+__all__ = [
+    "AND",
+    "OR",
+    "W2SD",
+    "Branch",
+    "Control",
+    "Controlled",
+    "Fixed",
+    "Guide",
+    "Maruyama",
+    "Pair",
+    "Reflect",
+    "Reverse",
+    "Rule",
+    "Several",
+    "SigmaEuler",
+    "Source",
+    "Superdiff",
+    "Superposition",
+    "SuperpositionODE",
+    "Target",
+    "Trace",
+    "control_named",
+    "controlled",
+    "guidance_pair",
+    "lora_pair",
+    "model_pair",
+    "prompt_pair",
+]
