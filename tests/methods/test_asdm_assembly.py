@@ -1136,3 +1136,16 @@ def test_kernels_of_another_shape_are_refused():
         CondConv2d.from_convs([conv(padding_mode="circular")])
     with pytest.raises(ValueError, match="empty"):
         CondConv2d.from_convs([])
+
+
+def test_a_handle_on_a_network_inside_is_given_to_the_inside(tmp_path):
+    from effuse.bridge import store
+    from effuse.core import StoreError
+
+    one, two = tiny_sd(), tiny_sd()
+    handle = Inherit(Layers(), Uniform(2)).attach(two.unet)
+    pipe = tiny_sd()
+    pipe.register_modules(unet=Switched.of([one, two], AtSteps((0, 1))))
+    with pytest.raises(StoreError, match=r"inside 'unet': give its handle"):
+        store.save(pipe, tmp_path / "out", [("unet", handle)])
+    assert not (tmp_path / "out").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from effuse.ops.transport import sliced_wasserstein2, wasserstein2
+from effuse.ops.transport import binned_wasserstein2, sliced_wasserstein2, wasserstein2
 
 
 def test_of_a_shift_and_of_two_normals():
@@ -40,3 +40,25 @@ def test_refuses_what_does_not_fit():
         sliced_wasserstein2(torch.zeros(2, 3), torch.zeros(2, 4))
     with pytest.raises(ValueError, match="expected one"):
         wasserstein2(torch.zeros(2, 3), torch.zeros(2, 3))
+
+
+def test_binned_is_optimal_assignment_where_the_points_are_cell_centers():
+    from scipy.optimize import linear_sum_assignment
+
+    rng = torch.Generator().manual_seed(0)
+    corners = torch.tensor([[0.0, 0.0], [7.0, 7.0]], dtype=torch.float64)
+    a, b = (torch.randint(8, (30, 2), generator=rng).double() for _ in range(2))
+    a, b = torch.cat([a, corners]), torch.cat([b, corners])
+    cost = torch.cdist(a, b).square()
+    i, j = linear_sum_assignment(cost.numpy())
+    expected = cost[i, j].mean().sqrt() * 7 / 8  # eight cells over a box of side seven
+    assert binned_wasserstein2(a, b, bins=8) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_binned_of_a_shift_is_its_length_and_of_unequal_counts_a_mean():
+    a = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
+    b = torch.tensor([[3.0, 0.0], [3.0, 1.0], [3.0, 0.0], [3.0, 1.0]])
+    assert binned_wasserstein2(a, b, bins=300) == pytest.approx(3 * 299 / 300, abs=1e-6)
+    assert binned_wasserstein2(a, a.flip(0)) == 0
+    with pytest.raises(ValueError, match="occupied cells"):
+        binned_wasserstein2(torch.rand(2000, 2), torch.rand(2000, 2), bins=100)

@@ -82,7 +82,9 @@ def save(
         if handles:
             note["transforms"] = [_brief(h) for h in handles]
             note["plain"] = is_plain(part, handles)
-            _replace(shadow, name, _plain_view(part) if note["plain"] else _checked(part, handles))
+            _replace(
+                shadow, name, _plain_view(part) if note["plain"] else view_to_save(part, handles)
+            )
         notes[name] = note
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.name}.draft-{os.getpid()}")
@@ -212,6 +214,12 @@ def _by_component(
                 f"{type(handle.transform).__name__} is on {name!r}: expected one of the networks "
                 f"of {type(pipe).__name__}, {', '.join(listed)}"
             )
+        part = getattr(pipe, name)
+        if handle.model is not part and any(handle.model is m for m in part.modules()):
+            raise StoreError(
+                f"{type(handle.transform).__name__} is on a network inside {name!r}: give its "
+                f"handle to that one, {type(part).__name__}(..., applied=[handle])"
+            )
         if all(handle is not h for h in listed[name]):
             listed[name].append(handle)
     return listed
@@ -226,7 +234,7 @@ def _replace(shadow: Any, name: str, part: nn.Module) -> None:
     shadow.register_modules(**{name: part})
 
 
-def _checked(part: nn.Module, handles: list[Applied]) -> nn.Module:
+def view_to_save(part: nn.Module, handles: list[Applied]) -> nn.Module:
     """Return the view that is saved, after making sure that it can be rebuilt."""
     entry = slimmed.entry_of(part, handles)
     config = slimmed.config_of(part) | {"_class_name": slimmed._plain_name(part)}

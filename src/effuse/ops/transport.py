@@ -1,4 +1,4 @@
-"""Wasserstein-2 distances between samples: on the line, and along random lines."""
+"""Wasserstein-2 distances between samples: on the line, along random lines, on a grid."""
 
 from __future__ import annotations
 
@@ -64,3 +64,42 @@ def sliced_wasserstein2(
         _quantiles((b @ lines).sort(0).values, count),
     )
     return float((a - b).square().mean().sqrt())
+
+
+def binned_wasserstein2(a: Tensor, b: Tensor, *, bins: int = 24) -> float:
+    """Return the Wasserstein-2 distance of two samples binned on one grid, a: (N, D), b: (M, D).
+
+    Optimal transport between the occupied cells of `bins` per side of the box that holds both, by
+    linear programming: exact for the binned samples, off by at most about a cell for the samples
+    themselves. For D of one to three; the cost grows with the square of the occupied cells.
+
+    Raises:
+        ValueError: an empty sample, rows of different shapes, or too many occupied cells.
+    """
+    import numpy as np
+    from scipy.optimize import linprog
+    from scipy.sparse import identity, kron, vstack
+
+    a, b = (p.double().cpu() for p in _check(a, b))
+    both = torch.cat([a, b])
+    low = both.amin(0)
+    cell = (both.amax(0) - low).clamp_min(torch.finfo(torch.float64).tiny) / bins
+    sides = []
+    for rows in (a, b):
+        index = ((rows - low) / cell).floor().clamp(0, bins - 1)
+        cells, counts = index.unique(dim=0, return_counts=True)
+        sides.append(((cells + 0.5) * cell, (counts / len(rows)).numpy()))
+    (x, p), (y, q) = sides
+    if len(x) * len(y) > 1_000_000:
+        raise ValueError(
+            f"{len(x)} and {len(y)} occupied cells: expected at most a million pairs, lower bins "
+            "or take sliced_wasserstein2"
+        )
+    cost = torch.cdist(x, y).square().flatten().numpy()
+    sums = vstack(
+        [kron(identity(len(x)), np.ones(len(y))), kron(np.ones(len(x)), identity(len(y)))]
+    )
+    found = linprog(cost, A_eq=sums.tocsr()[:-1], b_eq=np.concatenate([p, q])[:-1], method="highs")
+    if not found.success:
+        raise ValueError(f"no transport between the samples was found: {found.message}")
+    return float(max(found.fun, 0.0)) ** 0.5

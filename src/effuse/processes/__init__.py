@@ -13,6 +13,7 @@ from .grids import (
     Uniform,
     UniformLogSNR,
 )
+from .ornstein_uhlenbeck import OrnsteinUhlenbeck
 from .sub_vp import SubVP
 from .tabulated import Tabulated
 from .ve import VE
@@ -29,6 +30,7 @@ __all__ = [
     "Levels",
     "Linear",
     "Linspace",
+    "OrnsteinUhlenbeck",
     "SubVP",
     "Tabulated",
     "Tapered",

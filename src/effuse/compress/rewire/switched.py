@@ -304,7 +304,7 @@ def _switched() -> type:
 def _savable(model: Any, number: int, given: Sequence[Applied]) -> Any:
     """Return what saves the network with all that lies on it."""
     from effuse.bridge.slimmed import applied_of
-    from effuse.bridge.store import _checked, is_plain
+    from effuse.bridge.store import is_plain, view_to_save
 
     loaded = applied_of(model)
     handles = [*loaded, *(h for h in given if all(h is not k for k in loaded))]
@@ -315,7 +315,7 @@ def _savable(model: Any, number: int, given: Sequence[Applied]) -> Any:
             f"network {number} is more than its config says: give the handles of the transforms "
             "that lie on it, Switched(..., applied=[handle])"
         )
-    return _checked(model, handles)
+    return view_to_save(model, handles)
 
 
 def _read(path: Path) -> tuple[Schedule, list[list[str]]]:
