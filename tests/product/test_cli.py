@@ -236,3 +236,17 @@ def test_edit_writes_before_and_after(folder, tmp_path):
             run("edit", folder, picture, *words, "--out", out)
     with pytest.raises(ValueError, match="there is no such file"):
         run("edit", folder, tmp_path / "none.png", "--out", out)
+
+
+def test_sample_under_a_control(folder, tmp_path):
+    from PIL import Image
+
+    out = tmp_path / "grid.png"
+    words = ("sample", folder, "red apple", "blue heart", "--count", 2, "--out", out)
+    assert "4 pictures in" in run(*words, "--control", "w2sd", "--steps", 2)
+    assert "2 pictures in" in run(*words, "--control", "superdiff", "--steps", 3)
+    assert Image.open(out).width >= 32
+    with pytest.raises(ValueError, match="a control walks with a solver of its own"):
+        run(*words, "--control", "w2sd", "--solver", "ddim")
+    with pytest.raises(ValueError, match="did you mean 'w2sd'"):
+        run(*words, "--control", "w2d")

@@ -15,13 +15,17 @@ def sample(
     prompt: Annotated[list[str] | None, typer.Argument(help="prompts or class names")] = None,
     solver: Annotated[str | None, typer.Option(help=f"{NAMED}: effuse methods")] = None,
     grid: Annotated[str | None, typer.Option(help=f"where the steps are: {NAMED}")] = None,
-    steps: Annotated[int, typer.Option(help="sampling steps")] = 25,
+    control: Annotated[str | None, typer.Option(help=f"superdiff, w2sd: {NAMED}")] = None,
+    steps: Annotated[int | None, typer.Option(help="sampling steps; 25, or the control's")] = None,
     guidance: Annotated[float | None, typer.Option(help="guidance scale")] = None,
     count: Annotated[int, typer.Option(help="pictures a prompt")] = 4,
     seed: Annotated[int, typer.Option(help="seed of the first picture")] = 0,
     out: Annotated[Path, typer.Option(help="PNG file")] = Path("grid.png"),
 ) -> None:
-    """Sample pictures into one PNG, a row a prompt."""
+    """Sample pictures into one PNG, a row a prompt.
+
+    Under a control that takes several prompts into one picture, a row has them all.
+    """
     from effuse.core import Solver
     from effuse.recipe import load
     from effuse.report import draw, picture_file, save_grid
@@ -31,6 +35,14 @@ def sample(
         raise ValueError("a grid without a solver: name the solver too, such as --solver ddim")
     walker = None if solver is None else made(solver, Solver, "solver")
     levels = None if grid is None else _grid(grid)
+    if control is not None:
+        if walker is not None:
+            raise ValueError("--solver beside --control: a control walks with a solver of its own")
+        pictures = _controlled(pipeline, control, prompt, count, steps, guidance, seed)
+        save_grid(pictures, out, columns=count)
+        console.print(f"{len(pictures)} pictures in [bold]{out}[/]")
+        return
+    steps = 25 if steps is None else steps
     pipe = load(pipeline)
     if walker is not None:
         from effuse.bridge.scheduler import scheduler
@@ -46,29 +58,67 @@ def sample(
     console.print(f"{len(pictures)} pictures in [bold]{out}[/]")
 
 
+def _controlled(
+    pipeline: str,
+    control: str,
+    prompt: list[str] | None,
+    count: int,
+    steps: int | None,
+    guidance: float | None,
+    seed: int,
+) -> Any:
+    """Return pictures (N, 3, H, W) sampled under a control."""
+    import torch
+
+    from effuse.bridge.pipeline import wrap
+    from effuse.control.base import Control, controlled
+    from effuse.recipe import load
+    from effuse.report.draw import checked, usual
+
+    steering = made(control, Control, "control")
+    pipe = load(pipeline)
+    asked = checked(pipe, prompt) if prompt else usual(pipe)[:2]
+    drawing = controlled(wrap(pipe), steering, asked, count=count, steps=steps, guidance=guidance)
+    with bar("sampling", len(drawing.times) - 1) as advance:
+        return drawing.sample(
+            rng=torch.Generator().manual_seed(seed), on_step=lambda *_: advance()
+        ).cpu()
+
+
 def edit(
     pipeline: Pipeline,
     pictures: Annotated[list[Path], typer.Argument(help="picture files")],
-    method: Annotated[str, typer.Option(help=f"confident_ode, sdedit: {NAMED}")] = "confident_ode",
-    prompt: Annotated[str | None, typer.Option(help="prompt or class; none if left out")] = None,
-    guidance: Annotated[float, typer.Option(help="guidance scale, 1 for none")] = 1.0,
+    method: Annotated[str | None, typer.Option(help=f"confident_ode or sdedit: {NAMED}")] = None,
+    prompt: Annotated[str | None, typer.Option(help="what it is to become")] = None,
+    guidance: Annotated[float | None, typer.Option(help="scale; 4 with a prompt, else 1")] = None,
     size: Annotated[int | None, typer.Option(help="side in pixels; the pipeline's own")] = None,
     white: Annotated[bool, typer.Option(help="lay transparent pictures on white")] = False,
     seed: Annotated[int, typer.Option(help="of all noise")] = 0,
     out: Annotated[Path, typer.Option(help="PNG file: before above after")] = Path("edited.png"),
 ) -> None:
-    """Repair or edit pictures with a pipeline that was trained for neither."""
+    """Edit pictures with a pipeline that was not trained for it.
+
+    With a prompt towards it, encoded and decoded in 25 levels; without one towards what the
+    pipeline knows, by Langevin steps between.
+    """
     import torch
 
     from effuse.bridge.pipeline import wrap
     from effuse.ops.picture import picture_file, read_picture, save_grid
     from effuse.recipe import load
     from effuse.report.draw import checked
+    from effuse.restore import CODE
     from effuse.restore import edit as run
     from effuse.restore.editor import Editor
 
     picture_file(out)
-    editor = made(method, Editor, "method")
+    if method is None:
+        told = prompt is not None
+        editor = CODE(25, 0.8, corrections=0) if told else CODE(40, 0.5)
+    else:
+        editor = made(method, Editor, "method")
+    if guidance is None:
+        guidance = 1.0 if prompt is None else 4.0
     pipe = load(pipeline)
     model = wrap(pipe)
     sides = _sides(model, size)
