@@ -384,7 +384,10 @@ def test_guide_skips_the_weak_pass():
 
 # Pipelines.
 
+few = pytest.mark.filterwarnings("ignore:.*is noisy below")
 
+
+@few
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("make", [tiny_sd, tiny_dit_pipe])
 def test_pipelines(make, half):
@@ -408,6 +411,7 @@ def test_pipelines(make, half):
             assert gap < 1e-6 * states[3].log_q.abs().max()
 
 
+@few
 def test_one_prompt_is_guided_ancestral_sampling():
     model = effuse.wrap(tiny_sd())
     run = controlled(model, Superdiff(), ["a dog"], steps=5, guidance=3.0)
@@ -418,6 +422,7 @@ def test_one_prompt_is_guided_ancestral_sampling():
     torch.testing.assert_close(mine, told, rtol=1e-4, atol=1e-4)
 
 
+@few
 def test_two_pipelines_are_two_members():
     a, b = effuse.wrap(tiny_sd()), effuse.wrap(tiny_sd())
     with torch.no_grad():
@@ -435,5 +440,20 @@ def test_two_pipelines_are_two_members():
 def test_names():
     assert isinstance(control_named("superdiff"), Superdiff)
     assert control_named("superdiff").steps == 200
+    assert Superdiff(SuperpositionODE()).steps is None
+    with pytest.warns(UserWarning, match="100 steps: Superdiff is noisy below 200"):
+        controlled(effuse.wrap(tiny_sd()), "superdiff", ["a", "b"], steps=100)
     with pytest.raises(ValueError, match="superdiff"):
         control_named("superdif")
+
+
+@few
+def test_house():
+    for name, what in (("emoji", ["dog face", "red apple"]), ("emoji-dit", [1, 2])):
+        model = effuse.wrap(effuse.load(f"house:{name}"))
+        run = controlled(model, "superdiff", what, steps=4, guidance=4.0)
+        assert run.sample(rng=seeded()).shape == (1, 3, 64, 64)
+    pixels, other = (effuse.wrap(effuse.load("house:pixels")) for _ in range(2))
+    run = controlled(pixels, Superdiff(others=(other,)), 2, steps=3)
+    alone = controlled(pixels, Superdiff(), 2, steps=3)
+    assert torch.equal(*(r.sample(rng=seeded()) for r in (run, alone)))

@@ -15,6 +15,7 @@ from effuse.control import (
     Reflect,
     Source,
     Superdiff,
+    SuperpositionODE,
     Target,
     controlled,
     guidance_pair,
@@ -289,8 +290,12 @@ def test_pairs():
     flow = effuse.wrap(tiny_sd3())
     with pytest.raises(ValueError, match="another noise schedule"):
         controlled(model, model_pair(flow), ["a dog"], steps=3)
+    with pytest.raises(ValueError, match="the same, guidance 1"):
+        controlled(model, "w2sd", ["a dog"], steps=3, guidance=1.0)
     with pytest.raises(ValueError, match="negative"):
-        controlled(model, Superdiff(), ["a dog"], guidance=1.0, negative="a cat", steps=3)
+        controlled(
+            model, Superdiff(SuperpositionODE()), ["a dog"], guidance=1.0, negative="a cat", steps=3
+        )
 
 
 def lora(pipe, alpha=4):
@@ -338,3 +343,20 @@ def test_lora_scales():
     model.network.fuse_lora()
     with pytest.raises(ValueError, match="is merged"):
         controlled(model, lora_pair("style"), ["a dog"], steps=3)
+
+
+def test_house():
+    """The shipped pipelines; without conditions the gap is one of models."""
+    emoji = effuse.wrap(effuse.load("house:emoji"))
+    run = controlled(emoji, "w2sd", ["dog face"], count=2, steps=3, guidance=4.0)
+    assert run.sample(rng=seeded()).shape == (2, 3, 64, 64)
+    dit = effuse.wrap(effuse.load("house:emoji-dit"))
+    assert controlled(dit, "w2sd", [1], steps=3, guidance=4.0).sample(rng=seeded()).isfinite().all()
+    pixels, other = (effuse.wrap(effuse.load("house:pixels")) for _ in range(2))
+    with torch.no_grad():
+        for p in other.network.parameters():
+            p.mul_(1.01)
+    run = controlled(pixels, model_pair(other), 2, steps=3, guidance=1.0)
+    assert run.sample(rng=seeded()).shape[:2] == (2, 3)
+    with pytest.raises(ValueError, match="the same"):
+        controlled(pixels, "w2sd", 2, steps=3)

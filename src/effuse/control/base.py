@@ -6,6 +6,7 @@ pictures = drawing.sample(rng=rng)
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,12 +43,15 @@ def branches(
 ) -> Branches:
     """Return the branches of `model` for prompts or labels `what`, with the conditions bound.
 
-    guidance: diffusers' scale; the pipeline's own if not given. Without a second branch (1, or a
+    what: None in each place for a pipeline without conditions. guidance: diffusers' scale; the
+    pipeline's own if not given. Without a second branch (1, or a
     network that is told the scale) `empty` is None and the scale 1. x0 is not clipped: what is
     clipped is no score.
     """
     scale = default_of(model.pipe, "guidance_scale", 1.0) if guidance is None else guidance
     guided, told = model.family.guides(model, scale, guidance is not None)
+    if what[0] is None:  # unconditional: as many as there are rows
+        what = len(what)  # type: ignore[assignment]
     if not guided:
         if negative is not None:
             raise ValueError(
@@ -86,8 +90,10 @@ def _space(model: Wrapped) -> dict[str, Any]:
 class Control(ABC):
     """Steers the sampling of a pipeline. A frozen dataclass."""
 
-    steps: int | None = None
-    """What it needs at least to work well; `None` where the pipeline's own default will do."""
+    @property
+    def steps(self) -> int | None:
+        """Steps it needs to work well; `None` where the pipeline's own default will do."""
+        return None
 
     def rows(self, what: Sequence[Any], count: int) -> list[Any]:
         """Return what each picture is asked for, in order: `count` of each prompt by default."""
@@ -159,7 +165,8 @@ def controlled(
         model: `effuse.wrap(pipe)`.
         control: a control, or the name of one for its defaults: what a command line says.
         what: prompts or class labels. What several mean is the control's to say: `w2sd` draws each,
-            `superdiff` all of them in one picture.
+            `superdiff` all of them in one picture. A number for a pipeline without conditions,
+            times `count`.
         count: pictures of each, or of all together.
         steps: the control's own default, then the pipeline's, if not given.
         grid: as in `Wrapped.sample`.
@@ -174,9 +181,13 @@ def controlled(
     check_whole("count", count, 1)
     what = listed(what)
     if isinstance(what, int):
-        raise ValueError(f"{what} samples: expected prompts or labels, and `count` of them")
-    model = model.at(size)
-    steps = control.steps if steps is None else steps
+        what, count = [None], what * count
+    model, enough = model.at(size), control.steps
+    if steps is not None and enough is not None and steps < enough:
+        warnings.warn(
+            f"{steps} steps: {type(control).__name__} is noisy below {enough}", stacklevel=2
+        )
+    steps = enough if steps is None else steps
     steps = default_of(model.pipe, "num_inference_steps", 50) if steps is None else steps
     check_whole("steps", steps, 1)
     denoiser, make = control.build(model, what, count, guidance=guidance, negative=negative)

@@ -362,12 +362,15 @@ class Superdiff(Control):
 
     solver: `Superposition` or `SuperpositionODE`, with its rule.
     others: wrapped pipelines of the same schedule and latent space, told the same prompts.
-    steps: 200, as the weights of a stochastic AND are noisy with fewer.
     """
 
     solver: Superposition | SuperpositionODE = field(default_factory=Superposition)
     others: tuple[Wrapped, ...] = ()
-    steps = 200
+
+    @property
+    def steps(self) -> int | None:
+        """200 for a stochastic walk: fewer make the weights of AND and the densities noisy."""
+        return 200 if isinstance(self.solver, Superposition) else None
 
     def rows(self, what: Sequence[Any], count: int) -> list[Any]:
         """Return the first prompt, once a picture; see `Control.rows`."""

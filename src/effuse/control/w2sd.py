@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from effuse.bridge.families import default_of
 from effuse.bridge.pipeline import Wrapped
 from effuse.core.clip import Clipped
 from effuse.core.contracts import Denoiser, Prediction, Process, Solver, Step, Time
@@ -267,6 +268,16 @@ class W2SD(Control):
         others = [b.model for b in (self.strong, self.weak, self.plain) if b.model is not None]
         same_space([model, *others])
         rows = self.rows(what, count)
+        own = default_of(model.pipe, "guidance_scale", 1.0) if guidance is None else guidance
+        strong, weak = (
+            replace(b, guidance=own if b.guidance is None else b.guidance)
+            for b in (self.strong, self.weak)
+        )
+        if strong == weak:
+            raise ValueError(
+                f"the strong and the weak side are the same, guidance {own:g} and all: expected "
+                "a gap between them, of guidance, prompts, LoRA scale or model"
+            )
         sides = [
             self._side(side, model, rows, count, guidance, negative)
             for side in (self.strong, self.weak, self.plain)
@@ -274,8 +285,7 @@ class W2SD(Control):
         reflect = self.solver
 
         def make(end: float) -> Solver:
-            own = max(reflect.end, end)
-            return Reflect(reflect.base, reflect.label, reflect.start, own)
+            return replace(reflect, end=max(reflect.end, end))
 
         return Pair(*sides), make
 
