@@ -18,6 +18,25 @@ Pipeline = Annotated[str, typer.Argument(help="house:NAME, a diffusers folder, o
 NAMED = "a name, or '{name: {field: value}}' as in a recipe"
 
 
+def load(name: str) -> Any:
+    """Load a pipeline; one that is here already without bars of files and weights."""
+    from diffusers.utils import logging as theirs
+    from transformers.utils import logging as also
+
+    from effuse.recipe import load as read
+
+    here = name.startswith("house:") or Path(name).is_dir()
+    if here:
+        theirs.disable_progress_bar()
+        also.disable_progress_bar()
+    try:
+        return read(name)
+    finally:
+        if here:
+            theirs.enable_progress_bar()
+            also.enable_progress_bar()
+
+
 def folder_of(name: str) -> Path | None:
     """Return the folder that a pipeline is, or None if it is none."""
     return Path(name) if Path(name).is_dir() else None

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import NAMED, Pipeline, bar, console, counted, made, named
+from .common import NAMED, Pipeline, bar, console, counted, load, made, named
 
 
 def sample(
@@ -27,7 +27,6 @@ def sample(
     Under a control that takes several prompts into one picture, a row has them all.
     """
     from effuse.core import Solver
-    from effuse.recipe import load
     from effuse.report import draw, picture_file, save_grid
 
     picture_file(out)
@@ -72,7 +71,6 @@ def _controlled(
 
     from effuse.bridge.pipeline import wrap
     from effuse.control.base import Control, controlled
-    from effuse.recipe import load
     from effuse.report.draw import checked, usual
 
     steering = made(control, Control, "control")
@@ -105,7 +103,6 @@ def edit(
 
     from effuse.bridge.pipeline import wrap
     from effuse.ops.picture import picture_file, read_picture, save_grid
-    from effuse.recipe import load
     from effuse.report.draw import checked
     from effuse.restore import CODE
     from effuse.restore import edit as run

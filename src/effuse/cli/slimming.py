@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import Pipeline, console, folder_of, show_table
+from .common import Pipeline, console, folder_of, load, show_table
 
 
 def slim(
@@ -26,7 +26,7 @@ def slim(
     """
     from effuse.bridge import store
     from effuse.core.files import claimed, require_room
-    from effuse.recipe import load, parse
+    from effuse.recipe import parse
     from effuse.recipe import slim as apply
     from effuse.report import ready
 
@@ -91,7 +91,7 @@ def compare(
     seed: Annotated[int, typer.Option(help="first seed")] = 0,
 ) -> None:
     """Compare pipelines: same prompts, same seeds, one machine, one page."""
-    from effuse.recipe import call_settings, load, parse
+    from effuse.recipe import call_settings, parse
     from effuse.report import Entry
     from effuse.report import compare as page
 
