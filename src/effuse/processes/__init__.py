@@ -2,17 +2,20 @@
 
 from .flow import Flow
 from .grids import (
+    Above,
     Beta,
     Grid,
     Karras,
     Leading,
     Levels,
     Linspace,
+    Power,
     Tapered,
     Trailing,
     Uniform,
     UniformLogSNR,
 )
+from .mean_reverting import CosineRate, MeanReverting, Rising, Steady, Toward
 from .ornstein_uhlenbeck import OrnsteinUhlenbeck
 from .sub_vp import SubVP
 from .tabulated import Tabulated
@@ -21,8 +24,10 @@ from .vp import Cosine, Linear
 
 __all__ = [
     "VE",
+    "Above",
     "Beta",
     "Cosine",
+    "CosineRate",
     "Flow",
     "Grid",
     "Karras",
@@ -30,10 +35,15 @@ __all__ = [
     "Levels",
     "Linear",
     "Linspace",
+    "MeanReverting",
     "OrnsteinUhlenbeck",
+    "Power",
+    "Rising",
+    "Steady",
     "SubVP",
     "Tabulated",
     "Tapered",
+    "Toward",
     "Trailing",
     "Uniform",
     "UniformLogSNR",

@@ -16,7 +16,7 @@ from torch import Tensor
 from effuse.core.contracts import Process
 from effuse.core.errors import check_choice, check_fraction, check_positive
 
-from .tabulated import Tabulated
+from .tabulated import Entries, Tabulated
 
 Last = Literal["clean", "first"]
 
@@ -38,6 +38,52 @@ class Grid(ABC):
     @abstractmethod
     def levels(self, process: Process, steps: int) -> Tensor:
         """Return the levels; `steps` has been checked."""
+
+
+@dataclass(frozen=True)
+class Power(Grid):
+    """Equal steps in t^(1 / rho) from `start` to `end`: Karras' spacing, of times.
+
+    rho = 1 is `Uniform`; above it the grid is denser towards the data.
+    """
+
+    rho: float = 7.0
+    start: float = 1.0
+    end: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check exponent and ends."""
+        check_positive("rho", self.rho)
+        _check_ends(self.start, self.end)
+
+    def levels(self, process: Process, steps: int) -> Tensor:
+        """Return an even division of the roots."""
+        high, low = self.start ** (1 / self.rho), self.end ** (1 / self.rho)
+        return torch.linspace(high, low, steps + 1, dtype=torch.float64) ** self.rho
+
+
+@dataclass(frozen=True)
+class Above(Grid):
+    """Another grid that starts no further out than where log(alpha / sigma) is `least`.
+
+    Its levels move together evenly, the last one stays; a grid that starts within is as it was.
+    """
+
+    grid: Grid
+    least: float = -5.0
+
+    def levels(self, process: Process, steps: int) -> Tensor:
+        """Return the levels of `grid`, moved."""
+        times = self.grid.levels(process, steps).double()
+        if float(process.logsnr(times[0])) >= 2 * self.least:
+            return times
+        first = process.time_at(2 * self.least)
+        if not first > times[-1]:
+            raise ValueError(
+                f"least={self.least:g}: the walk would start at t={float(first):g}, at or below "
+                f"its end t={float(times[-1]):g}; expected a lower bound on log(alpha / sigma)"
+            )
+        return times[-1] + (times - times[-1]) * (first - times[-1]) / (times[0] - times[-1])
 
 
 def _check_ends(start: float, end: float) -> None:
@@ -102,7 +148,7 @@ class UniformLogSNR(Grid):
 
 def _ends(process: Process, start: float, end: float) -> tuple[Tensor, Tensor]:
     """Return sigma / alpha at both ends; a table's own first and last entry where they fall out."""
-    if isinstance(process, Tabulated):
+    if isinstance(process, Entries):
         start, end = max(start, 1 / len(process)), max(end, 1 / len(process))
     r = [process.sigma(t).double() / process.alpha(t).double() for t in (start, end)]
     if not (r[0].isfinite() and r[1] > 0):
@@ -162,7 +208,7 @@ class Beta(Grid):
 
 
 def _table(process: Process, grid: Grid, steps: int) -> int:
-    if not isinstance(process, Tabulated):
+    if not isinstance(process, Entries):
         raise ValueError(
             f"{type(grid).__name__} means table entries, {type(process).__name__} has none: "
             "use Uniform, UniformLogSNR, Karras or Beta"
@@ -172,7 +218,7 @@ def _table(process: Process, grid: Grid, steps: int) -> int:
     return len(process)
 
 
-def _closed(process: Tabulated, index: Tensor, last: Last) -> Tensor:
+def _closed(process: Entries, index: Tensor, last: Last) -> Tensor:
     check_choice("last", last, ("clean", "first"))
     times = process.time_of(index.double().clamp(0, len(process) - 1))
     end = process.time_of(-1 if last == "clean" else 0)

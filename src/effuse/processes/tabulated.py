@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import Literal
 
 import torch
@@ -20,8 +21,24 @@ def _example() -> Tabulated:
     return Tabulated.from_alphas_cumprod((1 - beta).cumprod(0))
 
 
+class Entries(Process):
+    """A process trained at N levels: entry i stands at t = (i + 1) / N, and t = 0 is clean data."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return N."""
+
+    def time_of(self, index: Tensor | float) -> Tensor:
+        """Return the t of an entry, which may be fractional, or -1 for clean data."""
+        return (torch.as_tensor(index, dtype=torch.float64) + 1) / len(self)
+
+    def index_at(self, t: Time) -> Tensor:
+        """Return the (fractional) entry of `t`; -1 at clean data."""
+        return levels(t) * len(self) - 1
+
+
 @method("tabulated", example=_example)
-class Tabulated(Process):
+class Tabulated(Entries):
     """N tabulated levels; entry i stands at t = (i + 1) / N, and t = 0 is clean data.
 
     Between entries the angle arctan(sigma / alpha) is interpolated linearly for "vp" (so zero
@@ -75,14 +92,6 @@ class Tabulated(Process):
     def __hash__(self) -> int:
         """Hash kind and length."""
         return hash((self.kind, len(self.values)))
-
-    def time_of(self, index: Tensor | float) -> Tensor:
-        """Return the t of a table index, which may be fractional or -1 for clean data."""
-        return (torch.as_tensor(index, dtype=torch.float64) + 1) / len(self)
-
-    def index_at(self, t: Time) -> Tensor:
-        """Return the (fractional) table index of `t`; -1 at clean data."""
-        return levels(t) * len(self) - 1
 
     def _level(self, t: Time) -> Tensor:
         t = levels(t)
