@@ -27,6 +27,7 @@ from effuse.control import (
 )
 from effuse.core import Denoiser, Gaussian, Mixture, Prediction, Process, sample
 from effuse.ops.tensors import randn_like
+from effuse.ops.trace import divergence
 from effuse.processes import VE, Cosine, Linear, Uniform
 from effuse.solvers import DDIM, Ancestral
 
@@ -238,6 +239,21 @@ def test_ode_weights_are_the_closed_form():
     mixed = kappa[:, None] * UPPER(x, t).x0 + (1 - kappa[:, None]) * RIGHT(x, t).x0
     noise = kappa[:, None] * UPPER(x, t).noise + (1 - kappa[:, None]) * RIGHT(x, t).noise
     close(step.x, PROCESS.advance(x, t, 0.45, Prediction(mixed, noise)), 1e-8)
+
+
+def test_guided_ode_gains_are_those_of_the_step_taken():
+    """d log q_i = h (<n_i, m - n_i> + sigma div n_i) with the guided m, here got from the step."""
+    t, s, w, x, empty = 0.5, 0.45, 2.5, start(), modes((0.0, 0.0), std=2.0)
+    members = [UPPER, RIGHT]
+    for rule in (AND(), Fixed((0.8, 0.2))):
+        step = SuperpositionODE(rule, probes=0).step(Several(members, empty, w), x, t, s)
+        r = {c: PROCESS.sigma(c) / PROCESS.alpha(c) for c in (t, s)}
+        m = (step.x / PROCESS.alpha(s) - x / PROCESS.alpha(t)) / (r[s] - r[t])
+        told = []
+        for member in members:
+            n, div = divergence(lambda y, member=member: member(y, t).noise, x)
+            told.append((1 - r[s] / r[t]) * ((n * (m - n)).sum(1) + PROCESS.sigma(t) * div))
+        close(step.state.log_q, torch.stack(told, 1), 1e-7)
 
 
 def test_probes_are_shared_and_unbiased():
