@@ -250,3 +250,24 @@ def test_sample_under_a_control(folder, tmp_path):
         run(*words, "--control", "w2sd", "--solver", "ddim")
     with pytest.raises(ValueError, match="did you mean 'w2sd'"):
         run(*words, "--control", "w2d")
+
+
+def test_likelihood_of_pictures(folder, tmp_path):
+    import torch
+    from tests.tiny import tiny_ddpm
+
+    from effuse.ops.picture import to_image
+
+    pixels, files = tmp_path / "pixels", []
+    tiny_ddpm().save_pretrained(pixels)
+    for i in range(2):
+        files.append(tmp_path / f"{i}.png")
+        side = tiny_ddpm().unet.config.sample_size
+        to_image(torch.rand(3, side, side)).save(files[-1])
+    shown = run("likelihood", pixels, *files, "--tolerance", 0.05)
+    assert "0.png: " in shown
+    assert "2 pictures: " in shown
+    with pytest.raises(ValueError, match="works on latents"):
+        run("likelihood", folder, files[0])
+    with pytest.raises(ValueError, match="or --held-out N"):
+        run("likelihood", pixels)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .knowing import methods, prove
-from .sampling import edit, sample
+from .sampling import edit, likelihood, sample
 from .slimming import compare, recipes, slim, train
 
 app = typer.Typer(
@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (slim, recipes, sample, edit, compare, train, methods, prove):
+for command in (slim, recipes, sample, edit, likelihood, compare, train, methods, prove):
     app.command()(command)
 
 # Importing diffusers tries torchao, if it is there, which warns of its kernels for other machines.

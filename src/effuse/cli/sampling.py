@@ -136,6 +136,84 @@ def edit(
     console.print(f"{len(before)} edited, {edited.calls} calls each, in [bold]{out}[/]")
 
 
+def likelihood(
+    pipeline: Pipeline,
+    pictures: Annotated[list[Path] | None, typer.Argument(help="picture files")] = None,
+    held_out: Annotated[int, typer.Option(help="so many house pictures kept from training")] = 0,
+    label: Annotated[
+        str | None, typer.Option(help="class of the pictures, if it takes one")
+    ] = None,
+    probes: Annotated[int, typer.Option(help="of the divergence, a picture")] = 1,
+    tolerance: Annotated[float, typer.Option(help="of the integration")] = 1e-3,
+    white: Annotated[bool, typer.Option(help="lay transparent pictures on white")] = False,
+    seed: Annotated[int, typer.Option(help="of probes and dequantization")] = 0,
+) -> None:
+    """Bits a value that a pixel pipeline needs for pictures, by its probability-flow ODE."""
+    import torch
+
+    from effuse.bridge.pipeline import wrap
+    from effuse.ops.picture import read_picture
+    from effuse.ops.stats import bootstrap
+    from effuse.report.draw import checked
+    from effuse.solvers.likelihood import dequantize, log_likelihood
+
+    if bool(pictures) == bool(held_out):
+        raise ValueError("expected picture files, or --held-out N")
+    pipe = load(pipeline)
+    model = wrap(pipe)
+    if model.codec.vae is not None:
+        raise ValueError(
+            f"{pipeline} works on latents, whose density says nothing of pixels: expected a "
+            "pipeline on pixels, such as house:pixels"
+        )
+    sides = _sides(model, None)
+    if held_out:
+        shown, names = _held_out(held_out, sides)
+    else:
+        ground = (1.0, 1.0, 1.0) if white else None
+        files = pictures or []
+        shown = torch.stack([read_picture(f, sides, background=ground) for f in files])
+        names = [f.name for f in files]
+    cond: dict[str, Any] = {}
+    if label is not None:
+        asked: Any = checked(pipe, [label]) * len(shown)
+        cond = model.embed(asked)
+    rng = torch.Generator().manual_seed(seed)
+    with bar("integrating") as advance:
+        found = log_likelihood(
+            model.bare.given(**cond),
+            model.codec.encode(dequantize(shown, rng=rng)),
+            probes=probes,
+            rng=rng,
+            rtol=tolerance,
+            atol=tolerance,
+            on_call=advance,
+        )
+    if not held_out:
+        for name, bits in zip(names, found.bits.tolist(), strict=True):
+            console.print(f"{name}: {bits:.3f} bits a value")
+    low, high = bootstrap(found.bits)
+    console.print(
+        f"{len(shown)} pictures: [bold]{float(found.bits.mean()):.3f}[/] bits a value, 95 % "
+        f"{low:.3f} to {high:.3f}; {found.calls} calls"
+    )
+
+
+def _held_out(count: int, sides: tuple[int, int]) -> tuple[Any, list[str]]:
+    """Return house pictures that no house pipeline was trained on, evenly among them."""
+    import numpy as np
+    import torch
+
+    from effuse.house import data
+
+    known = data.pictures()
+    kept = np.flatnonzero(known.held & ~known.toned)
+    some = kept[np.linspace(0, len(kept) - 1, min(count, len(kept))).astype(int)]
+    shown = torch.from_numpy(known.images[some]).float() / 255
+    small = torch.nn.functional.interpolate(shown, size=sides, mode="area")
+    return small, [str(i) for i in some]
+
+
 def _sides(model: Any, size: int | None) -> tuple[int, int]:
     """Return height and width in pixels."""
     if size is not None:
