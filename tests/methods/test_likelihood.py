@@ -144,6 +144,7 @@ def test_on_real_networks(name):
         x,
         rng=generator(),
         rtol=1e-2,
+        probes=1,
         atol=1e-2,
         on_call=lambda: told.append(1),
     )

@@ -23,7 +23,7 @@ from effuse.processes import Tabulated
 
 START = 1e-5
 """The level taken for clean data where the process is no table: scores are infinite at zero."""
-MOST = 256
+MOST = 64
 """Values of a row up to which the exact divergence is taken without being asked for."""
 
 
@@ -89,8 +89,8 @@ def solve(
         raise ValueError(f"x is {x.dtype}: expected float32 or float64, half is too coarse")
     check_positive("rtol", rtol)
     check_positive("atol", atol)
-    for name, level in (("start", start), ("end", end)):
-        check_fraction(name, level, zero=True)
+    for name, end_point in (("start", start), ("end", end)):
+        check_fraction(name, end_point, zero=True)
     process, shape, calls = denoiser.process, x.shape, 0
     ends = {_angle(process, t): t for t in (start, end)}
     size = x.numel()
@@ -239,7 +239,7 @@ def log_likelihood(
         data_range: ends of the pixel scale in units of x: (-1, 1) adds 7 bits, (0, 1) adds 8.
         levels: of the pixels.
         probes: signs for Hutchinson's divergence, unbiased; 0 is exact, a backward pass a value.
-            Left out: exact up to 256 values a row, one probe above.
+            Left out: exact up to 64 values a row, one probe above.
         rng: draws the probes.
         start: level taken for clean data; that of the first table entry, or 1e-5.
         prior: log density at t = 1. Left out: `model_prior` where the divergence is exact, which
