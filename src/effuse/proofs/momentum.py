@@ -279,7 +279,7 @@ def pictures(scale: Scale) -> tuple[list[Claim], list[dict[str, Any]], str]:
     calm, truth = [], {}
     for seed in seeds:
         noise = model.prior(len(prompts), rng=torch.Generator().manual_seed(seed))
-        run: dict[str, Any] = {"latents": noise, "decode": False}
+        run: dict[str, Any] = {"latents": noise, "decode": False, "grid": model.grid}
         calm.append(model.sample(prompts, DPMpp2M(), steps=20, guidance=2.0, **run))
         truth[seed] = model.sample(prompts, DDIM(), steps=long, guidance=guidance, **run)
         for name in names:
