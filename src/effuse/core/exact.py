@@ -110,12 +110,13 @@ class Mixture(Denoiser):
     def _parts(self, x: Tensor, t: Time, label: Tensor | int | None) -> tuple[Tensor, ...]:
         alpha, sigma, shift = (expand_as(c, x) for c in self.process.coefficients(t))
         flat = x.flatten(1)
-        alpha, sigma, shift = (
+        alpha, sigma = (
             c.expand(len(x), *[1] * (x.ndim - 1)).reshape(-1, 1).to(x)
             if c.ndim
             else c.to(x).reshape(1, 1)
-            for c in (alpha, sigma, shift)
+            for c in (alpha, sigma)
         )
+        shift = shift.to(x).expand_as(x).flatten(1)  # which may be a picture of its own
         means, std = self.means.to(x).flatten(1), self.std.to(x)
         var = (alpha * std) ** 2 + sigma**2  # (B | 1, K)
         off = (flat - shift).unsqueeze(1) - alpha.unsqueeze(-1) * means  # (B, K, D)
