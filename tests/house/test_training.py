@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from effuse.house import models, objectives, store, training
+from effuse.house import degrade, models, objectives, store, training
 from effuse.house.optimizer import MatrixAdam, groups, orthogonalize
+from effuse.restore.reverting import OfVelocity
 
 STEPS = 3
 
@@ -33,14 +34,14 @@ def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "clip", "pixels"])
+@pytest.mark.parametrize("name", ["autoencoder", "clip", "pixels", "restore"])
 def test_a_seed_fixes_the_weights(name: str, tmp_path, toys) -> None:
     first = _train(name, tmp_path / "a" / name, toys)
     assert _same(first, _train(name, tmp_path / "b" / name, toys))
     assert not _same(first, _train(name, tmp_path / "c" / name, toys, seed=1))
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "pixels"])
+@pytest.mark.parametrize("name", ["autoencoder", "pixels", "restore"])
 def test_killed_and_resumed_equals_uninterrupted(name: str, tmp_path, toys, monkeypatch) -> None:
     whole = _train(name, tmp_path / "whole" / name, toys)
 
@@ -157,3 +158,53 @@ def test_latent_jobs_stand_on_the_package(tmp_path, toys) -> None:
         pytest.skip("the weights of the house are not here")
     for name in ("emoji", "emoji-dit"):
         assert _train(name, tmp_path / name, toys)
+
+
+def test_restoration_is_zero_at_the_true_answer() -> None:
+    """Clean and degraded known, the velocity can be told from x; its sign matters."""
+    process, x0 = models.restoring(), torch.full((1, 3, 8, 8), 0.3)
+
+    class Oracle(nn.Module):
+        sign = 1.0
+
+        def forward(self, x, mu, entry):
+            bound, t = process.toward(mu), process.time_of(entry.double())
+            noise = bound.complete(x, t, x0=x0.expand_as(x)).noise
+            return self.sign * OfVelocity().target(bound, x0.expand_as(x), noise, t)
+
+    batch = {"x0": x0.expand(16, -1, -1, -1), "mu": torch.rand(16, 3, 8, 8)}
+    objective = objectives.Restoration(Oracle(), process)
+    assert objective.loss("student", batch).total < 1e-4
+    objective.student.sign = -1.0
+    assert objective.loss("student", batch).total > 1
+
+
+@pytest.mark.parametrize("task", range(4))
+def test_each_task_spoils_in_its_own_way(task: int, toys) -> None:
+    x = torch.from_numpy(toys.images[:8]).float() / 255
+
+    def run(rows, seed=0):
+        rng = torch.Generator().manual_seed(seed)
+        return degrade.degrade(rows, torch.full((len(rows),), task), rng)
+
+    y = run(x)
+    assert y.shape == x.shape
+    assert y.min() >= 0
+    assert y.max() <= 1
+    assert torch.equal(y, run(x))
+    assert not torch.equal(y, run(x, 1))
+    off = (y - x).flatten(1)
+    assert ((off.square().mean(1) > 1e-4) & (off.square().mean(1) < 0.05)).all()
+    name = degrade.TASKS[task]
+    if name in ("rain", "holes"):  # somewhere, not everywhere
+        hit = (off != 0).float().mean(1)
+        assert ((hit > 0.02) & (hit < 0.6)).all()
+    if name == "holes":
+        assert (y[(y != x)] == 0.5).all()
+    if name == "blur":  # edges are gone: differences of neighbors shrink
+        assert (y[..., 1:] - y[..., :-1]).abs().amax() < 0.6 * (
+            x[..., 1:] - x[..., :-1]
+        ).abs().amax()
+    only = torch.tensor([task, -1] * 4)
+    mixed = degrade.degrade(x, only, torch.Generator().manual_seed(0))
+    assert torch.equal(mixed[1::2], x[1::2])

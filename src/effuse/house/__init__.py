@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from effuse.house.real import Reference
     from effuse.house.store import ImageText
+    from effuse.restore.reverting import Restorer
 
 __all__ = [
     "Prompt",
@@ -32,13 +33,14 @@ __all__ = [
     "prepare",
     "prompts",
     "reference",
+    "restorer",
     "train",
 ]
 
 
 def names() -> tuple[str, ...]:
-    """Return what `train` knows, and `load` too except for the autoencoder."""
-    return ("autoencoder", "clip", "emoji", "emoji-dit", "pixels")
+    """Return what `train` knows; `load` knows the three that draw pictures."""
+    return ("autoencoder", "clip", "emoji", "emoji-dit", "pixels", "restore")
 
 
 def load(name: str, dtype: torch.dtype | None = None) -> DiffusionPipeline:
@@ -63,6 +65,19 @@ def clip(dtype: torch.dtype | None = None) -> ImageText:
     from effuse.house.store import image_text
 
     return image_text(dtype)
+
+
+def restorer(dtype: torch.dtype | None = None) -> Restorer:
+    """Return house:restore: it takes grain, blur, rain and holes out of pictures in [0, 1].
+
+    `restorer().restore(pictures, steps=10, rng=rng)`; see `effuse.restore.reverting.Restorer`.
+
+    Raises:
+        FileNotFoundError: its weights are not in this installation.
+    """
+    from effuse.house.store import restorer as _restorer
+
+    return _restorer(dtype)
 
 
 def prepare(images: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     )
     from transformers import CLIPModel
 
+    from effuse.processes import MeanReverting
+
 LATENT = 16
 """Side of a latent: the autoencoder's factor is 4."""
 
@@ -168,6 +170,33 @@ def pixels() -> UNet2DModel:
         attention_head_dim=32,
         norm_num_groups=16,
     )
+
+
+def restorer() -> UNet2DModel:
+    """Return the untrained UNet of house:restore: x - mu and mu, (B, 6, 64, 64), to (B, 3, 64, 64).
+
+    No attention: damage is local, and it runs on pictures of any size divisible by 4.
+    """
+    from diffusers import UNet2DModel
+
+    return UNet2DModel(
+        sample_size=64,
+        in_channels=6,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(24, 48, 56),
+        down_block_types=("DownBlock2D",) * 3,
+        up_block_types=("UpBlock2D",) * 3,
+        add_attention=False,
+        norm_num_groups=8,
+    )
+
+
+def restoring() -> MeanReverting:
+    """Return the process of house:restore: as published, on pictures in [0, 1]."""
+    from effuse.processes import MeanReverting
+
+    return MeanReverting()
 
 
 def lean_attention(model: Any) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effuse.core.contracts import Loss, Objective
+from effuse.processes import MeanReverting
+from effuse.restore.reverting import OfVelocity
 
 
 def _gradient(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,3 +140,37 @@ class Noise(Velocity):
         x, t, _, noise = self.corrupt(batch["x0"], rng)
         total = self.errors(x, t, noise, batch).mean()
         return Loss(total, {"noise": total.detach()})
+
+
+class Restoration(Objective):
+    """A network learns the velocity of a mean-reverting process at entries spread over the batch.
+
+    batch["x0"], batch["mu"]: (B, 3, H, W) in [0, 1], clean and degraded. The squared error of the
+    velocity, in units of the spread, weighs as the house weighs it elsewhere: that of x0 times
+    min(1 + snr, cap), snr = alpha^2 spread^2 / sigma^2.
+
+    Args:
+        student: what `Restorer` calls. process: what spoils. cap: of the weight.
+    """
+
+    student: Any
+
+    def __init__(self, student: nn.Module, process: MeanReverting, cap: float = 6.0):
+        super().__init__()
+        self.student, self.process, self.cap = student, process, cap
+
+    def loss(
+        self, player: str, batch: Mapping[str, Any], *, rng: torch.Generator | None = None
+    ) -> Loss:
+        """Return the weighted loss, and the plain one as `velocity`."""
+        x0, mu = batch["x0"], batch["mu"]
+        count, process = len(x0), self.process.toward(mu)
+        spread = torch.arange(count) + torch.rand(count, generator=rng)
+        entry = (1 + spread / count * self.process.steps).floor().clamp(max=self.process.steps)
+        t = self.process.time_of(entry)
+        noise = torch.randn(x0.shape, generator=rng)
+        target = OfVelocity().target(process, x0, noise, t)
+        out = self.student(process.corrupt(x0, t, noise), mu, entry.float()).float()
+        each = (out - target).square().flatten(1).mean(1) / self.process.spread**2
+        weight = (self.cap * (1 - process.alpha(t).square())).clamp(max=1.0).float()
+        return Loss((weight * each).mean(), {"velocity": each.mean().detach()})

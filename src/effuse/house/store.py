@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from transformers import CLIPModel, CLIPTokenizer
 
+    from effuse.restore.reverting import Restorer
+
 WEIGHTS = Path(__file__).parent / "weights"
-"""One folder a part: autoencoder, clip, emoji, emoji-dit, pixels; card.json; reference."""
+"""One folder a part: autoencoder, clip, emoji, emoji-dit, pixels, restore; card.json; reference."""
 
 
 def part(name: str, *inside: str) -> Path:
@@ -143,3 +145,15 @@ def _pixels(dtype: torch.dtype) -> DiffusionPipeline:
         unet=UNet2DModel.from_pretrained(part("pixels", "unet"), torch_dtype=dtype),
         scheduler=DDPMScheduler.from_pretrained(part("pixels", "scheduler")),
     )
+
+
+def restorer(dtype: torch.dtype | None = None) -> Restorer:
+    """Return house:restore; see `effuse.house.restorer`."""
+    from diffusers import UNet2DModel
+
+    from effuse.house import models
+    from effuse.restore.reverting import Beside, OfVelocity, Restorer
+
+    folder = part("restore", "unet")
+    unet = UNet2DModel.from_pretrained(folder, torch_dtype=dtype or torch.float32)
+    return Restorer(Beside(unet.eval()), models.restoring(), OfVelocity())

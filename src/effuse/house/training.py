@@ -1,4 +1,4 @@
-"""How the weights of the house are made: five jobs, each through the one training loop.
+"""How the weights of the house are made: six jobs, each through the one training loop.
 
 autoencoder -> (latents) -> emoji, emoji-dit
 clip -> (text states) -> emoji
@@ -25,8 +25,9 @@ from torch.nn import functional as F
 from effuse.core.contracts import Objective
 from effuse.core.files import claimed, write_whole
 from effuse.core.training import fit
-from effuse.house import data, models, objectives, store
+from effuse.house import data, degrade, models, objectives, store
 from effuse.house.optimizer import MatrixAdam, groups
+from effuse.restore.reverting import Beside
 
 Batch = Callable[[torch.Generator], Mapping[str, Any]]
 
@@ -80,6 +81,7 @@ def train(
         "emoji": _emoji,
         "emoji-dit": _emoji_dit,
         "pixels": _pixels,
+        "restore": _restore,
     }
     if name not in jobs:
         raise ValueError(f"house:{name}: expected one of {', '.join('house:' + n for n in jobs)}")
@@ -412,3 +414,28 @@ def _pixels(folder: Path, pictures: data.Pictures, batch: int | None) -> Job:
 
     objective = objectives.Noise(student, models.pixel_scheduler().alphas_cumprod)
     return _denoiser(student, objective, batches, "pixels")
+
+
+def _restore(folder: Path, pictures: data.Pictures, batch: int | None) -> Job:
+    unet, images = models.restorer(), torch.from_numpy(pictures.images)
+    draw = _drawer(np.where(pictures.held, 0.0, np.where(pictures.toned, 0.15, 1.0)))
+    clock, count = {"share": 0.0}, batch or 16
+
+    def batches(rng: torch.Generator) -> dict[str, Tensor]:
+        x0 = images[draw(rng, count)].float() / 255
+        mirrored = torch.rand(count, generator=rng) < 0.5
+        x0[mirrored] = x0[mirrored].flip(-1)
+        task = torch.randint(len(degrade.TASKS), (count,), generator=rng)
+        mu = degrade.degrade(x0, task, rng)
+        if clock["share"] < 0.8:  # damage is local: a crop costs a quarter and holds little white
+            top, left = torch.randint(4, 29, (2,), generator=rng).tolist()
+            x0, mu = (v[:, :, top : top + 32, left : left + 32] for v in (x0, mu))
+        return {"x0": x0, "mu": mu}
+
+    def finish(where: Path) -> None:
+        save(unet, where / "restore" / "unet")
+
+    objective = objectives.Restoration(Beside(unet), models.restoring())
+    parameters = groups(unet, _matrices)
+    optimizer = MatrixAdam(parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    return Job(objective, batches, optimizer, finish, 30, 0.998, hold=0.3, clock=clock)

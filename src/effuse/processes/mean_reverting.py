@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from effuse.core.contracts import Process, Time
 from effuse.core.errors import check_fraction, check_whole
 from effuse.core.method import method
+from effuse.ops.tensors import expand_as, randn_like, weighted_sum
 
 from .tabulated import Entries
 from .vp import levels
@@ -207,6 +208,19 @@ class Toward(Process):
     def time_at(self, logsnr: Time) -> Tensor:
         """Return the `t` of a log signal-to-noise ratio."""
         return self.free.time_at(logsnr)
+
+    def prior(
+        self,
+        shape: Sequence[int],
+        *,
+        rng: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Draw a start at t = 1, mu + spread z: what is left of the data is taken to be mu too."""
+        like = torch.empty(tuple(shape), dtype=dtype, device=device)
+        mu = expand_as(self.mu, like).to(like).expand_as(like)
+        return weighted_sum((1.0, mu), (self.free.spread, randn_like(like, rng)))
 
     def remember(self, times: Tensor) -> None:
         """Compute what does not depend on mu, (N,) on the CPU, in one go."""
