@@ -10,7 +10,7 @@ from tests.tiny import tiny_ddpm, tiny_sd
 from torch import nn
 
 from effuse.bridge.pipeline import wrap
-from effuse.core import Gaussian, Mixture, fit, sample
+from effuse.core import Denoiser, Gaussian, Mixture, fit, sample
 from effuse.evaluate.fokker_planck import (
     Box,
     ByDiffusion,
@@ -499,3 +499,30 @@ def test_diagnosis_of_a_pipeline(make):
     )
     assert gap.ode_sde > 0
     assert gap.floor > 0
+
+
+def test_diagnosis_of_house_pixels():
+    import effuse
+
+    model = effuse.wrap(effuse.load("house:pixels"))
+    count = len(model.process)
+    residual = ScoreResidual(slope=Central(0.5 / count))
+    x0 = rand(1, *model.shape, dtype=torch.float32).clamp(-1, 1)
+    t = (count // 2 + 0.5) / count
+    x = model.process.corrupt(x0, t, rand(*x0.shape, seed=1, dtype=torch.float32))
+    with torch.no_grad():
+        r = residual(model.bare, x, t, rng=seeded())
+        wrong = residual(_Scaled(model.bare), x, t, rng=seeded())
+    assert r.isfinite().all()
+    assert wrong.square().mean() > 1.5 * r.square().mean()
+
+
+class _Scaled(Denoiser):
+    """Another denoiser with half its noise."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.process = base, base.process
+
+    def forward(self, x, t, **cond):
+        return self.process.complete(x, t, noise=0.5 * self.base(x, t, **cond).noise)

@@ -463,3 +463,23 @@ def test_pipelines(make, dtype):
     torch.testing.assert_close(out.score.double(), expected[rows], rtol=1e-3, atol=1e-12)
     dropped = (set(range(4)) - set(rows.tolist())).pop()
     assert dropped == int(expected.argmax())
+
+
+@pytest.mark.parametrize("name", ["emoji", "emoji-dit", "pixels"])
+def test_house(name):
+    import effuse
+
+    model, count = effuse.wrap(effuse.load(f"house:{name}")), 2
+    some = HallucinationFilter(Steps(-3), keep=0.7)
+    n = some.drawn(count)
+    what = {"emoji": ["dog face"] * n, "emoji-dit": [3] * n, "pixels": n}[name]
+    guided = name != "pixels"
+    base = model.guide(4.0) if guided else model.denoiser
+    denoiser = base.given(**model.embed(what, guided=guided))
+    x, times = model.prior(n, rng=seeded()), model.grid(model.process, 6)
+    out, rows = some(denoiser, DDIM(), x, times, count)
+    pictures = model.codec.decode(out.x)
+    assert pictures.shape == (count, 3, *pictures.shape[2:])
+    every = scored(denoiser, DDIM(), x, times, Steps(-3)).score
+    assert rows.tolist() == sorted(every.argsort(stable=True)[:count].tolist())
+    assert every.std() > 0

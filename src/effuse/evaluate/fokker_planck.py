@@ -151,6 +151,7 @@ def _student() -> FokkerPlanck:
     "equation",
     year=2023,
     buys="one law from ODE and SDE sampling of one network, and a figure of how far they are apart",
+    missing="its two-dimensional data at 100 000 iterations: the proof is on the line",
     example=_student,
 )
 class FokkerPlanck(Objective):
