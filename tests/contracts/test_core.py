@@ -12,6 +12,7 @@ from effuse.core import (
     Empirical,
     Gaussian,
     Loss,
+    LowRankMixture,
     Mixture,
     Objective,
     Operator,
@@ -114,6 +115,136 @@ class TestExact:
         bound = model.given(label=1)
         assert torch.equal(bound(x, 0.5).x0, model(x, 0.5, label=1).x0)
         assert torch.equal(bound(x, 0.5, label=2).x0, model(x, 0.5, label=2).x0)
+
+
+class TestLowRankMixture:
+    """Subspaces of ranks 3, 1 and 2 in five dimensions, not orthogonal to each other."""
+
+    means = torch.tensor([[0.3, -0.2, 0, 0, 0.1], [0.0] * 5, [-0.5, 0, 0.4, 0, 0]])
+    weights = torch.tensor([1.0, 2.0, 0.5])
+
+    def bases(self):
+        return [torch.linalg.qr(rand(5, r, seed=r)).Q for r in (3, 1, 2)]
+
+    def make(self, process, std=0.0):
+        return LowRankMixture(process, self.bases(), std, self.weights, self.means)
+
+    def law(self, process, t, std):
+        """The same mixture at level t, of full covariances, from torch.distributions."""
+        a, v = float(process.alpha(t)), float(process.sigma(t)) ** 2
+        std = torch.as_tensor(std, dtype=torch.float64).expand(3)
+        eye = torch.eye(5, dtype=torch.float64)
+        cov = torch.stack(
+            [
+                a**2 * (u @ u.T + s**2 * eye) + v * eye
+                for u, s in zip(self.bases(), std, strict=True)
+            ]
+        )
+        each = torch.distributions.MultivariateNormal(a * self.means.double(), cov)
+        pick = torch.distributions.Categorical(self.weights.double())
+        return torch.distributions.MixtureSameFamily(pick, each)
+
+    @pytest.mark.parametrize("std", [0.0, 0.3, (0.0, 0.2, 0.5)])
+    @pytest.mark.parametrize("process", [Linear(), VE(), Flow()], ids=repr)
+    def test_density_score_and_tweedie(self, process, std):
+        std = torch.tensor(std)
+        model, x = self.make(process, std), rand(7, 5)
+        for t in (0.1, 0.6, 0.95):
+            law, at = self.law(process, t, std), x.clone().requires_grad_()
+            log_prob = law.log_prob(at)
+            (score,) = torch.autograd.grad(log_prob.sum(), at)
+            torch.testing.assert_close(model.log_prob(x, t), log_prob.detach())
+            torch.testing.assert_close(model.score(x, t), score)
+            alpha, sigma = process.alpha(t), process.sigma(t)
+            torch.testing.assert_close(model(x, t).x0, (x + sigma**2 * score) / alpha)
+
+    def test_posterior_mean_by_importance_sampling(self):
+        model, x, t = self.make(Linear(), 0.2), rand(3, 5, seed=4), 0.5
+        x0 = model.draw(400_000, rng=torch.Generator().manual_seed(0))
+        alpha, sigma = Linear().alpha(t), Linear().sigma(t)
+        share = (-(x[:, None] - alpha * x0).square().sum(-1) / (2 * sigma**2)).softmax(-1)
+        spread = (share @ x0.square() - (share @ x0).square()).sqrt()
+        off = (model(x, t).x0 - share @ x0).abs()
+        assert (off < 5 * spread * share.square().sum(-1, keepdim=True).sqrt()).all()
+
+    def test_shares_sharpen_on_their_own_subspace_and_fade_in_noise(self):
+        model = LowRankMixture(VE(), self.bases(), weights=self.weights)
+        which = torch.tensor([0, 1, 2, 0])
+        x0 = model.draw_of(which, rng=torch.Generator().manual_seed(1))
+        near = VE().time_at(2 * torch.tensor(1e4).log())
+        sharp = model.shares(x0, near)
+        torch.testing.assert_close(sharp, torch.eye(3).double()[which], atol=1e-6, rtol=0)
+        wide = LowRankMixture(VE(high=1e8), self.bases(), weights=self.weights)
+        torch.testing.assert_close(
+            wide.shares(x0, 1.0), (self.weights / 3.5).double().expand(4, 3), atol=1e-6, rtol=0
+        )
+        assert wide(x0, 1.0).x0.abs().max() < 1e-6
+
+    def test_rank_zero_is_the_mixture_and_full_rank_the_gaussian(self):
+        x = rand(4, 5)
+        flat = LowRankMixture(Linear(), torch.zeros(3, 5, 0), 0.4, self.weights, self.means)
+        plain = Mixture(Linear(), self.means, 0.4, self.weights)
+        full = LowRankMixture(Linear(), torch.linalg.qr(rand(5, 5)).Q[None], 0.5)
+        round_ = Gaussian(Linear(), 0.0, 1.25**0.5)
+        for a, b in ((flat, plain), (full, round_)):
+            for t in (0.05, 1.0):
+                for mine, theirs in zip(a(x, t), b(x, t), strict=True):
+                    torch.testing.assert_close(mine, theirs)
+                torch.testing.assert_close(a.score(x, t), b.score(x, t))
+        torch.testing.assert_close(flat.log_prob(x, 0.3), plain.log_prob(x, 0.3))
+
+    def test_only_the_span_and_the_order_matter(self):
+        turned = [u @ torch.linalg.qr(rand(u.shape[1], u.shape[1], seed=9)).Q for u in self.bases()]
+        x, order = rand(4, 5), [2, 0, 1]
+        plain = self.make(Linear(), 0.1)
+        other = LowRankMixture(
+            Linear(), [turned[k] for k in order], 0.1, self.weights[order], self.means[order]
+        )
+        torch.testing.assert_close(plain(x, 0.3).x0, other(x, 0.3).x0)
+        torch.testing.assert_close(plain.log_prob(x, 0.3), other.log_prob(x, 0.3))
+
+    def test_draw(self):
+        model = self.make(Linear(), (0.1, 0.2, 0.3))
+        x = model.draw_of(torch.full((60_000,), 2), rng=torch.Generator().manual_seed(0))
+        u = self.bases()[2]
+        torch.testing.assert_close(
+            x.T.cov(), u @ u.T + 0.09 * torch.eye(5).double(), atol=0.03, rtol=0
+        )
+        torch.testing.assert_close(x.mean(0), self.means[2].double(), atol=0.02, rtol=0)
+        exact = self.make(Linear()).draw_of(torch.zeros(50, dtype=torch.long))
+        assert torch.linalg.matrix_rank(exact - self.means[0]) == 3
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_pictures_labels_dtype_and_both_ends(self, dtype):
+        u = torch.linalg.qr(rand(2, 12, 3)).Q.reshape(2, 3, 2, 2, 3)
+        model = LowRankMixture(Cosine(), u, labels=torch.tensor([4, 7]))
+        x = rand(4, 3, 2, 2).to(dtype)
+        for t in (0.0, 1e-3, 0.5, torch.tensor([0.2, 0.4, 0.6, 1.0])):
+            p = model(x, t)
+            assert p.x0.dtype == dtype
+            assert p.x0.isfinite().all()
+            torch.testing.assert_close(Cosine().corrupt(p.x0, t, p.noise), x, atol=1e-4, rtol=1e-4)
+        alone = LowRankMixture(Cosine(), u[1:])
+        torch.testing.assert_close(model(x, 0.4, label=7).x0, alone(x, 0.4).x0)
+        torch.testing.assert_close(model.log_prob(x, 0.4, label=7), alone.log_prob(x, 0.4))
+        torch.testing.assert_close(model(x, 0.4).x0[2:3], model(x[2:3], 0.4).x0)
+
+    def test_float32_keeps_up_near_the_data(self):
+        model = LowRankMixture(Linear(), self.bases())
+        x0 = model.draw(64, rng=torch.Generator().manual_seed(0))
+        t = 1e-4
+        x = Linear().corrupt(x0, t, rand(64, 5, seed=2))
+        torch.testing.assert_close(
+            model.log_prob(x.float(), t).double(), model.log_prob(x, t), atol=1e-2, rtol=1e-4
+        )
+
+    def test_refusals(self):
+        with pytest.raises(ValueError, match="expected orthonormal columns"):
+            LowRankMixture(Linear(), 2 * torch.eye(3)[None])
+        with pytest.raises(ValueError, match="rank 4 in 3 dimensions"):
+            LowRankMixture(Linear(), torch.eye(3, 4)[None])
+        with pytest.raises(ValueError, match="means of shape"):
+            LowRankMixture(Linear(), torch.eye(3)[None], means=torch.zeros(2, 3))
 
 
 def test_mix_is_guidance():

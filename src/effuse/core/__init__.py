@@ -19,7 +19,7 @@ from .contracts import (
     everywhere,
 )
 from .errors import MissingExtra, RecipeError, StoreError
-from .exact import Empirical, Gaussian, Mixture
+from .exact import Empirical, Gaussian, LowRankMixture, Mixture
 from .method import Card, method, methods
 from .sampling import sample
 from .training import fit
@@ -33,6 +33,7 @@ __all__ = [
     "Gaussian",
     "Given",
     "Loss",
+    "LowRankMixture",
     "Metric",
     "MissingExtra",
     "Mixture",
