@@ -95,6 +95,7 @@ def method(
 
 _FAMILIES = (
     "processes",
+    "operators",
     "solvers",
     "structure",
     "optim",
