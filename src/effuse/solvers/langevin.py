@@ -63,8 +63,8 @@ class Langevin(Corrector):
     snr: 0 is the identity; 0.16 is the paper's for CIFAR-10 under VE.
     steps: a level. together: whether the norms are means over the batch, as in the paper, so that a
         row depends on its neighbors; else those of each row. Steps that are longer where the score
-        is weak or the noise strong settle at a wider law: of normal data of D values ((D + 2) / D)^2
-        times the variance, nothing to speak of in pictures and wrong for few values.
+        is weak or the noise strong settle at a wider law: for normal data of D values at ((D + 2)
+        / D)^2 times the variance, nothing to speak of in pictures and wrong for few values.
     """
 
     snr: float = 0.16
