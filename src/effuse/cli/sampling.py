@@ -89,6 +89,9 @@ def edit(
     method: Annotated[str | None, typer.Option(help=f"confident_ode or sdedit: {NAMED}")] = None,
     prompt: Annotated[str | None, typer.Option(help="what it is to become")] = None,
     guidance: Annotated[float | None, typer.Option(help="scale; 4 with a prompt, else 1")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="inpaint: picture, white where to paint, black is kept")
+    ] = None,
     size: Annotated[int | None, typer.Option(help="side in pixels; the pipeline's own")] = None,
     white: Annotated[bool, typer.Option(help="lay transparent pictures on white")] = False,
     seed: Annotated[int, typer.Option(help="of all noise")] = 0,
@@ -104,21 +107,25 @@ def edit(
     from effuse.bridge.pipeline import wrap
     from effuse.ops.picture import picture_file, read_picture, save_grid
     from effuse.report.draw import checked
-    from effuse.restore import CODE
+    from effuse.restore import CODE, Colorize, Inpaint
     from effuse.restore import edit as run
     from effuse.restore.editor import Editor
 
     picture_file(out)
-    if method is None:
-        told = prompt is not None
-        editor = CODE(25, 0.8, corrections=0) if told else CODE(40, 0.5)
-    else:
-        editor = made(method, Editor, "method")
+    if mask is not None and method is not None:
+        raise ValueError(f"--mask beside --method {method}: a mask is for inpainting alone")
+    editor: Editor | None = None
+    if method is not None:
+        editor = Colorize() if method == "colorize" else made(method, Editor, "method")
     if guidance is None:
         guidance = 1.0 if prompt is None else 4.0
     pipe = load(pipeline)
     model = wrap(pipe)
     sides = _sides(model, size)
+    if mask is not None:
+        editor = Inpaint((read_picture(mask, sides).mean(0) < 0.5).float())
+    elif editor is None:
+        editor = CODE(25, 0.8, corrections=0) if prompt is not None else CODE(40, 0.5)
     background = (1.0, 1.0, 1.0) if white else None
     before = torch.stack([read_picture(f, sides, background=background) for f in pictures])
     what = None if prompt is None else checked(pipe, [prompt])[0]

@@ -3,6 +3,7 @@
 from .confident_ode import CODE, BySigma, Langevin, LogSpaced
 from .edit import Edited, edit
 from .editor import Around, Band, Editor, Latents
+from .measured import Colorize, Inpaint
 from .sdedit import SDEdit
 
 __all__ = [
@@ -10,8 +11,10 @@ __all__ = [
     "Around",
     "Band",
     "BySigma",
+    "Colorize",
     "Edited",
     "Editor",
+    "Inpaint",
     "Langevin",
     "Latents",
     "LogSpaced",
