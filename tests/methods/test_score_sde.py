@@ -180,6 +180,17 @@ def test_what_is_known_stays_and_what_is_not_is_free():
     assert (colored - truth).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("process", [Linear(), VE(high=10.0), SubVP()], ids=repr)
+def test_what_is_known_ends_as_its_mean_where_the_walk_ends_above_clean_data(process):
+    """Everything known gives alpha(eps) y, as the mean of the rest has no fresh noise either."""
+    model, truth, end = Gaussian(process, 0.2, 0.4), rows(1, 3, 4, 4, seed=5), 1e-2
+    base = PredictorCorrector(corrector=Langevin(0.1), end=end)
+    everything = Imposed(base, Known(torch.ones(4, 4)), truth)
+    x = process.prior((2, 3, 4, 4), rng=generator(), dtype=torch.float64)
+    out = sample(model, everything, x, Uniform(1.0, end)(process, 20), rng=generator(1))
+    torch.testing.assert_close(out, (process.alpha(end) * truth).expand_as(out))
+
+
 def test_on_a_house_pipeline_inpainting_keeps_the_known_half():
     model = effuse.wrap(effuse.load("house:pixels"))
     mask = torch.zeros(32, 32)

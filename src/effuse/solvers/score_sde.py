@@ -240,11 +240,20 @@ class Imposed(Solver):
             step = Step(base.predict(denoiser, x, t, s, rng))
         else:
             step = base.step(denoiser, x, t, s, state, rng=rng)
-        return step._replace(x=self._impose(process, step.x, s, rng))
+        end = base.end if isinstance(base, PredictorCorrector) else 0.0
+        return step._replace(x=self._impose(process, step.x, s, rng, end))
 
-    def _impose(self, process: Process, x: Tensor, t: Time, rng: torch.Generator | None) -> Tensor:
+    def _impose(
+        self,
+        process: Process,
+        x: Tensor,
+        t: Time,
+        rng: torch.Generator | None,
+        end: float = -1.0,
+    ) -> Tensor:
         if self.operator is None or self.measured is None:
             return x
         known = self.operator.pinv(self.measured.to(x)).expand_as(x)
-        spoiled = process.corrupt(known, t, randn_like(x, rng))
+        noisy = torch.as_tensor(t, dtype=torch.float64) > end  # where a mean is given, of both
+        spoiled = process.corrupt(known, t, expand_as(noisy, x) * randn_like(x, rng))
         return x + self.operator.pinv(self.operator(spoiled) - self.operator(x))
