@@ -124,9 +124,9 @@ def _centered(process: Process, x: Tensor, t: Time, s: Time) -> tuple[Tensor, Te
     paper="Score-Based Generative Modeling through Stochastic Differential Equations",
     year=2021,
     buys="samples by the reverse SDE, corrected at every level; likelihoods and codes by its ODE",
-    missing="the NCSN++ networks and their FID; guidance by a time-conditioned classifier; the "
-    "denoising loss with g^2 weights. Likelihood, codes and the adaptive ODE are in "
-    "effuse.solvers.likelihood",
+    missing="the NCSN++ networks and their FID. Likelihood, codes and the adaptive ODE are in "
+    "effuse.solvers.likelihood, guidance by a classifier in effuse.control.classifier, the loss in "
+    "effuse.distill.score_matching, inpainting and colorization in effuse.solvers.inverse",
 )
 @dataclass(frozen=True)
 class PredictorCorrector(Solver):
