@@ -179,8 +179,8 @@ def modes(
 ) -> tuple[list[Claim], list[dict[str, Any]], Window]:
     """A, B: how well the score tells samples off the support of known modes."""
     size = law.means.shape[1]
-    steps, batch = scale.pick(60, 1000, 3000), 512 if size == 1 else 1024
-    count, points = scale.pick(200, 4000, 12_000), 20_000 if size == 1 else 100_000
+    steps, batch = scale.pick(60, 3000 if size == 1 else 500, 5000), 512 if size == 1 else 2048
+    count, points = scale.pick(200, 4000, 16_000), 20_000 if size == 1 else 100_000
     times, std = grid(*scale.pick((60, 12), (10, 60), (5, 60))), float(law.std[0])
     judge = OffSupport(law.means, (4 if size == 1 else 5) * std)
     data = law.draw(points, rng=torch.Generator().manual_seed(56)).float()
@@ -259,7 +259,7 @@ def modes(
 def recursion(law: Mixture, window: Window, scale: Scale) -> tuple[list[Claim], list[Any]]:
     """C: models trained on the samples of models, filtered by score or at random."""
     times = grid(*scale.pick((60, 12), (10, 60), (5, 60)))
-    steps, count = scale.pick(60, 800, 2000), scale.pick(200, 4000, 10_000)
+    steps, count = scale.pick(60, 2000, 5000), scale.pick(200, 4000, 10_000)
     judge = OffSupport(law.means, 4 * float(law.std[0]))
     seeds = scale.seeds[: scale.pick(1, 1, 2)]
     last: dict[str, list[float]] = {}
