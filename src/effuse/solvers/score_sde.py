@@ -186,7 +186,6 @@ class PredictorCorrector(Solver):
         return torch.where(expand_as(last, x).bool(), moved.mean, moved.x)
 
 
-@method("score_sde", example=lambda: Imposed(PredictorCorrector(), None, None))
 @dataclass(frozen=True, eq=False)
 class Imposed(Solver):
     """Samples what agrees with a measurement y = A x0: inpainting, colorization, any linear A.
