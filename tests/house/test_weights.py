@@ -15,7 +15,7 @@ from effuse.house import store
 
 torch.set_num_threads(1)
 
-PARTS = ("autoencoder", "clip", "emoji", "emoji-dit", "pixels")
+PARTS = ("autoencoder", "clip", "emoji", "emoji-dit", "pixels", "restore")
 LIMIT = 60e6
 
 
@@ -207,3 +207,21 @@ def real_hits(judge, pictures: torch.Tensor, subgroups: list[str]) -> float:
     from effuse.house.real import retrieval
 
     return retrieval(judge, pictures, subgroups)["subgroup_top1"]
+
+
+def test_the_restorer_answers_what_is_said_and_restores(toys) -> None:
+    """Shapes it never saw: every task loses at least a third of its squared error."""
+    from effuse.house.degrade import TASKS, degrade
+    from effuse.solvers import Ancestral
+
+    x0 = torch.from_numpy(toys.images[::6]).float() / 255
+    half, full = house.restorer(torch.bfloat16), house.restorer()
+    for k in range(len(TASKS)):
+        mu = degrade(x0, torch.full((len(x0),), k), _rng(k))
+        half.audit(x0, mu, rng=_rng())
+        out = half.restore(mu, Ancestral(), steps=5, rng=_rng())
+        assert (out - x0).square().mean() < 0.67 * (mu - x0).square().mean(), TASKS[k]
+    again = half.restore(mu, Ancestral(), steps=5, rng=_rng())
+    assert torch.equal(out, again)
+    assert (full.restore(mu, Ancestral(), steps=5, rng=_rng()) - out).abs().mean() < 0.01
+    assert full.restore(mu[:, :, :48, :40], steps=2, rng=_rng()).shape == (len(x0), 3, 48, 40)

@@ -601,7 +601,7 @@ def test_what_the_network_is_told():
         model = Restorer(oracle, FREE, OfData(), whole=whole)
         model.restore(mu, steps=8, rng=torch.Generator())
         asked = torch.cat(oracle.asked).double()
-        want = torch.linspace(100, 0, 9, dtype=torch.float64)[:-1]
+        want = torch.linspace(100, -1, 9, dtype=torch.float64)[:-1]
         torch.testing.assert_close(asked, want.round() if whole else want, rtol=0, atol=1e-4)
 
 
