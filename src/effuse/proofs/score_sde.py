@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from effuse.core import Denoiser, Mixture, Prediction, Solver, Time, sample
+from effuse.core import Denoiser, Mixture, Prediction, Solver, Time, fit, sample
+from effuse.core.training import warmup_cosine
+from effuse.distill.score_matching import ScoreMatching
 from effuse.ops.stats import bootstrap
 from effuse.ops.transport import sliced_wasserstein2
 from effuse.processes import Linear, Uniform
@@ -35,11 +38,48 @@ class Bent(Denoiser):
         return self.process.complete(x, t, noise=noise)
 
 
-def ring() -> Mixture:
-    """Return eight modes of deviation 0.1 on a circle of radius one, repeated in eight planes."""
+class Learned(Denoiser):
+    """Three layers of 128 that are told x, alpha, sigma and log snr, and answer the noise."""
+
+    def __init__(self, width: int = 2, hidden: int = 128):
+        super().__init__()
+        self.process = Linear()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            sizes = [width + 3, hidden, hidden, hidden]
+            layers = [part for a, b in pairwise(sizes) for part in (nn.Linear(a, b), nn.SiLU())]
+            self.net = nn.Sequential(*layers, nn.Linear(hidden, width))
+
+    def forward(self, x: Tensor, t: Time, **cond: Any) -> Prediction:
+        """Predict from x: (B, width)."""
+        alpha, sigma, _ = self.process.coefficients(t)
+        told = [alpha, sigma, 0.1 * self.process.logsnr(t)]
+        level = torch.stack([c.to(x).expand(len(x)) for c in told], 1)
+        noise = self.net(torch.cat([x, level], 1))
+        return self.process.complete(x, t, noise=noise)
+
+
+def ring(planes: int = 8) -> Mixture:
+    """Return eight modes of deviation 0.1 on a circle of radius one, repeated in each plane."""
     angle = torch.arange(8) * math.tau / 8
     plane = torch.stack([angle.cos(), angle.sin()], 1)
-    return Mixture(Linear(), plane.repeat(1, 8), 0.1)
+    return Mixture(Linear(), plane.repeat(1, planes), 0.1)
+
+
+@torch.enable_grad()
+def learned(exact: Mixture, steps: int) -> Learned:
+    """Return a network trained on draws of the mixture, in one plane."""
+    student = Learned()
+    fit(
+        ScoreMatching(student),
+        lambda rng: {"x0": exact.draw(512, rng=rng).float()},
+        torch.optim.Adam(student.parameters(), 2e-3),
+        steps=steps,
+        rng=torch.Generator().manual_seed(3),
+        schedule=warmup_cosine(),
+        progress=False,
+    )
+    return student.eval().requires_grad_(False)
 
 
 def at_equal_calls(scale: Scale) -> tuple[list[Claim], list[dict[str, Any]]]:
@@ -108,7 +148,8 @@ def by_the_ode(scale: Scale) -> tuple[list[Claim], list[dict[str, Any]]]:
     rows = [{"part": "ode", "solver": "adaptive", "calls": ode.calls}]
     rows[0]["w2"] = near = sliced_wasserstein2(ode.x, truth)
     calls = 0
-    for steps in scale.pick((50, 100), (50, 100, 200, 500, 1000), (50, 100, 200, 500, 1000, 2000)):
+    few = (50, 60, 70, 80, 90, 100)
+    for steps in scale.pick((50, 100), (*few, 200, 500, 1000), (*few, 200, 500, 1000, 2000)):
         for name, solver in (
             ("Euler-Maruyama", PredictorCorrector(EulerMaruyama(), end=1e-3)),
             ("DDIM", DDIM()),
@@ -140,7 +181,24 @@ def likelihoods(scale: Scale) -> list[Claim]:
     x = exact.draw(scale.pick(4, 50, 200), rng=torch.Generator().manual_seed(2))
     found = log_likelihood(exact, x)
     gap = float((found.nats - exact.log_prob(x, 1e-5)).abs().max())
+    plane, first = ring(1), 1e-3
+    rows = plane.draw(scale.pick(8, 200, 500), rng=torch.Generator().manual_seed(4))
+    network = learned(plane, scale.pick(20, 1_000, 3_000))
+    own = log_likelihood(network, rows.float(), start=first, rtol=1e-5, atol=1e-5)
+    off = (own.nats - plane.log_prob(rows, first)).abs()
+    low, high = bootstrap(off)
     return [
+        Claim(
+            "log densities of a network of three layers of 128 are those of its data, in the mean "
+            f"of {len(rows)} held-out draws in the plane",
+            0.1,
+            float(off.mean()),
+            "nat, mean absolute error",
+            "lower",
+            float(off.mean()) < 0.1,
+            "further off than 0.1",
+            (low, high),
+        ),
         Claim(
             "log densities by the ODE are those of the model, default tolerance, 16 dimensions",
             1e-3,
@@ -149,7 +207,7 @@ def likelihoods(scale: Scale) -> list[Claim]:
             "lower",
             gap < 1e-3,
             "one is further off",
-        )
+        ),
     ]
 
 
@@ -161,6 +219,8 @@ def prove(scale: Scale) -> Evidence:
     ode, more = by_the_ode(scale)
     notes = (
         "Eight modes of deviation 0.1 in eight planes, linear VP. The corrector's ratio is chosen "
-        "among four on another seed. FID of the paper's networks is not reproduced."
+        "among four on another seed. The network that learns the plane is off in its noise near "
+        "t = 0.05, where the modes are sharp; the likelihood of the exact model is not. FID of the "
+        "paper's networks is not reproduced."
     )
     return Evidence([*equal, *ode, *likelihoods(scale)], [*rows, *more], notes)
