@@ -271,3 +271,49 @@ def test_likelihood_of_pictures(folder, tmp_path):
         run("likelihood", folder, files[0])
     with pytest.raises(ValueError, match="or --held-out N"):
         run("likelihood", pixels)
+
+
+def test_sample_leaves_the_strangest_out(folder, tmp_path, capsys, monkeypatch):
+    from PIL import Image
+
+    out = tmp_path / "kept.png"
+    said = run(
+        "sample", folder, "red apple", "dog", "--filter", "hallucination: {keep: 0.5}",
+        "--steps", 3, "--count", 2, "--out", out,
+    )  # fmt: skip
+    assert "4 drawn a prompt" in said
+    w, h = Image.open(out).size
+    assert w == h  # two columns, two prompts
+    monkeypatch.setattr(
+        sys, "argv", ["effuse", "sample", str(folder), "dog", "--filter", "superdiff"]
+    )
+    with pytest.raises(SystemExit):
+        main()
+    assert "expected one of hallucination" in capsys.readouterr().err
+
+
+def test_restore_mends_pictures_of_any_size(tmp_path):
+    import torch
+
+    from effuse.ops.picture import read_picture, save_grid, to_image
+
+    flat = torch.full((3, 30, 42), 0.8)
+    flat[:, 10:20, 12:30] = 0.2
+    to_image(flat).save(tmp_path / "a.png")
+    out = tmp_path / "out.png"
+    said = run("restore", tmp_path / "a.png", "--damage", "noise", "--steps", 4, "--out", out)
+    spoiled = float(said.split(" dB")[0].split()[-1])
+    mended = float(said.split("spoiled, ")[1].split()[0])
+    assert mended > spoiled + 3
+    assert read_picture(out).shape == (3, 3 * 32 + 2, 46)
+    save_grid(flat[None], tmp_path / "b.png", 1)
+    wrong = runner.invoke(app, ["restore", str(tmp_path / "a.png"), str(tmp_path / "b.png")])
+    assert "several sizes" in str(wrong.exception)
+
+
+def test_diagnose_prints_residual_and_gap(folder):
+    said = run("diagnose", folder, "dog", "--count", 2, "--steps", 2, "--levels", "0.3,0.7")
+    assert "0.3" in said
+    assert "ODE to SDE" in said
+    wrong = runner.invoke(app, ["diagnose", str(folder), "--levels", "0.3,2"])
+    assert "expected numbers in (0, 1)" in str(wrong.exception)

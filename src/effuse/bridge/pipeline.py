@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,23 @@ from effuse.processes import Grid
 from .families import FAMILIES, Family, Pixels, Prompts, Texts, TextsXL, default_of, listed
 from .table import AsScheduler, Schedule, answer_for, grid_of, predict, solver_named
 
-__all__ = ["Codec", "Guided", "Network", "Wrapped", "grid_of", "wrap"]
+__all__ = ["Codec", "Guided", "Network", "Walk", "Wrapped", "grid_of", "wrap"]
 
 # Conditions that are the same for every row and have no batch dimension.
 _SHARED = ("txt_ids", "img_ids")
+
+
+class Walk(NamedTuple):
+    """The arguments of `effuse.sample`: `effuse.sample(*walk, rng=rng)`.
+
+    denoiser: conditions bound, guided if the pipeline is. x: (B, C, h, w) the start.
+    times: (steps + 1,) levels.
+    """
+
+    denoiser: Denoiser
+    solver: Solver
+    x: Tensor
+    times: Tensor
 
 
 class Network(Denoiser):
@@ -325,6 +338,42 @@ class Wrapped:
         what = listed(what)
         return self.family.embed(self, what, negative, guided or negative is not None, **more)
 
+    def walk(
+        self,
+        what: Prompts | Sequence[int] | int = 1,
+        solver: Solver | None = None,
+        *,
+        steps: int | None = None,
+        grid: Grid | None = None,
+        guidance: float | None = None,
+        negative: Prompts | None = None,
+        rng: torch.Generator | None = None,
+        size: int | tuple[int, int] | None = None,
+        latents: Tensor | None = None,
+    ) -> Walk:
+        """Return what `effuse.sample` takes, to wrap, score or watch: see `sample`."""
+        model, what = self.at(size), listed(what)
+        count = what if isinstance(what, int) else len(what)
+        steps = default_of(self.pipe, "num_inference_steps", 50) if steps is None else steps
+        scale = default_of(self.pipe, "guidance_scale", 1.0) if guidance is None else guidance
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps={steps!r}: expected a positive integer")
+        x = model.prior(count, rng=rng) if latents is None else latents.float().to(self.device)
+        if x.shape != (count, *model.shape):
+            raise ValueError(f"latents of shape {tuple(x.shape)}: expected {(count, *model.shape)}")
+        guided, told = model.family.guides(model, scale, guidance is not None)
+        with torch.no_grad():
+            cond = model.embed(what, negative, guided=True) if guided else model.embed(what)
+        cond |= told
+        if guided:
+            cond["negative"] |= told
+        denoiser = (model.guide(scale) if guided else model.denoiser).given(**cond)
+        own = model.schedule.walk(steps)
+        solver = solver_named("ddim") if solver is None else solver
+        grid = model.schedule.grid_for(solver) if grid is None else grid
+        times = own.levels if grid is None else grid(model.process, steps)
+        return Walk(denoiser, solver, own.start * x, times)
+
     @torch.no_grad()
     def sample(
         self,
@@ -363,27 +412,19 @@ class Wrapped:
         Raises:
             ValueError: an argument that makes no sense for this pipeline.
         """
-        model, what = self.at(size), listed(what)
-        count = what if isinstance(what, int) else len(what)
-        steps = default_of(self.pipe, "num_inference_steps", 50) if steps is None else steps
-        scale = default_of(self.pipe, "guidance_scale", 1.0) if guidance is None else guidance
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps={steps!r}: expected a positive integer")
-        x = model.prior(count, rng=rng) if latents is None else latents.float().to(self.device)
-        if x.shape != (count, *model.shape):
-            raise ValueError(f"latents of shape {tuple(x.shape)}: expected {(count, *model.shape)}")
-        guided, told = model.family.guides(model, scale, guidance is not None)
-        cond = model.embed(what, negative, guided=True) if guided else model.embed(what)
-        cond |= told
-        if guided:
-            cond["negative"] |= told
-        denoiser = (model.guide(scale) if guided else model.denoiser).given(**cond)
-        own = model.schedule.walk(steps)
-        solver = solver_named("ddim") if solver is None else solver
-        grid = model.schedule.grid_for(solver) if grid is None else grid
-        times = own.levels if grid is None else grid(model.process, steps)
-        out = sample(denoiser, solver, own.start * x, times, rng=rng, on_step=on_step)
-        return model.codec.decode(out).clamp(0, 1) if decode else out
+        walk = self.walk(
+            what,
+            solver,
+            steps=steps,
+            grid=grid,
+            guidance=guidance,
+            negative=negative,
+            rng=rng,
+            size=size,
+            latents=latents,
+        )
+        out = sample(*walk, rng=rng, on_step=on_step)
+        return self.codec.decode(out).clamp(0, 1) if decode else out
 
 
 def wrap(pipe: Any) -> Wrapped:

@@ -10,8 +10,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from .editing import edit, restore
+from .judging import diagnose, likelihood
 from .knowing import methods, prove
-from .sampling import edit, likelihood, sample
+from .sampling import sample
 from .slimming import compare, recipes, slim, train
 
 app = typer.Typer(
@@ -21,7 +23,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (slim, recipes, sample, edit, likelihood, compare, train, methods, prove):
+_COMMANDS = (
+    slim, recipes, sample, edit, restore, compare, likelihood, diagnose, train, methods, prove,
+)  # fmt: skip
+for command in _COMMANDS:
     app.command()(command)
 
 # Importing diffusers tries torchao, if it is there, which warns of its kernels for other machines.

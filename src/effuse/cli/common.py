@@ -88,6 +88,15 @@ def made(text: str, wanted: type, place: str) -> Any:
     return build(known[name], fields, name)
 
 
+def sides_of(model: Any, size: int | None) -> tuple[int, int]:
+    """Return height and width in pixels: `size`, or what the pipeline draws."""
+    if size is not None:
+        return size, size
+    _, h, w = model.shape
+    factor = model.codec.factor
+    return h * factor, w * factor
+
+
 @contextlib.contextmanager
 def bar(what: str, total: int | None = None) -> Iterator[Callable[[], None]]:
     """Show a bar with the time left while inside; calling what it gives advances it."""

@@ -1,6 +1,7 @@
 """Control: wrap denoisers, steer the walk."""
 
 from .base import Control, Controlled, control_named, controlled
+from .classifier import Classified, NoisyClasses
 from .densities import AND, OR, Fixed, Rule
 from .guide import Guide
 from .superdiff import (
@@ -31,11 +32,13 @@ __all__ = [
     "OR",
     "W2SD",
     "Branch",
+    "Classified",
     "Control",
     "Controlled",
     "Fixed",
     "Guide",
     "Maruyama",
+    "NoisyClasses",
     "Pair",
     "Reflect",
     "Reverse",

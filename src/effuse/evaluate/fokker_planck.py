@@ -259,6 +259,7 @@ def distance_of(a: Tensor, b: Tensor) -> float:
     return (wasserstein2 if a[0].numel() == 1 else sliced_wasserstein2)(a, b)
 
 
+@torch.no_grad()
 def ode_sde_gap(
     denoiser: Denoiser,
     ode: Solver,

@@ -12,12 +12,19 @@ from torch import Tensor
 
 from effuse.core import Denoiser, Process
 from effuse.core.errors import check_fraction, check_whole
+from effuse.core.method import method
 from effuse.ops.tensors import require_finite
 from effuse.structure import directions
 
 from .editor import Editor, Latents, Walked, climb
 
 
+@method(
+    "along",
+    paper="Diffusion Models Learn Low-Dimensional Distributions via Subspace Clustering",
+    year=2024,
+    buys="edits along what the network itself has most freedom in, without a prompt",
+)
 @dataclass(frozen=True)
 class Along(Editor):
     """Encode to a level, move along a singular vector of the denoiser's Jacobian, walk back.
@@ -36,7 +43,7 @@ class Along(Editor):
 
     clipped = False  # an inversion through clipped predictions does not come back
 
-    amount: float = 0.2
+    amount: float = 0.1
     direction: int = 0
     level: float = 0.6
     levels: int = 50

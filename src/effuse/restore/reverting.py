@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from effuse.core import Denoiser, Prediction, Solver, Time, sample
 from effuse.core.contracts import Step
@@ -87,9 +88,10 @@ class OfVelocity(Answer):
 class Beside(nn.Module):
     """A diffusers UNet2DModel of 6 channels that sees x - mu and mu beside each other."""
 
-    def __init__(self, unet: nn.Module):
+    def __init__(self, unet: Any):
         super().__init__()
         self.unet = unet
+        self.multiple: int = 2 ** (len(unet.config.block_out_channels) - 1)
 
     def forward(self, x: Tensor, mu: Tensor, entry: Tensor) -> Tensor:
         """Return the answer on x, mu: (B, C, H, W) at `entry`: (B,), in the network's own dtype."""
@@ -153,7 +155,7 @@ class Restorer(nn.Module):
         """Return pictures (B, C, H, W) in [0, 1] from degraded ones, mu: the same.
 
         Args:
-            mu: what to restore.
+            mu: what to restore; sides that the network cannot halve are filled up meanwhile.
             solver: `MRS()` by default, which draws one of the pictures that may be under the
                 damage. `Ancestral()` in 5 to 10 steps draws calmer ones, nearer to their mean.
             steps: of the solver.
@@ -161,12 +163,16 @@ class Restorer(nn.Module):
             rng: draws the start and all noise.
             on_step: see `effuse.sample`.
         """
+        h, w = mu.shape[-2:]
+        many = getattr(self.network, "multiple", 1)
+        mu = F.pad(mu, (0, -w % many, 0, -h % many), mode="replicate")
         bound = self.toward(mu)
         grid = Uniform() if grid is None else grid
         times = grid(bound.process, steps)
         solver = MRS().on(times) if solver is None else solver
         x = bound.process.prior(mu.shape, rng=rng, dtype=mu.dtype, device=mu.device)
-        return sample(bound, solver, x, times, rng=rng, on_step=on_step).clamp(0, 1)
+        out = sample(bound, solver, x, times, rng=rng, on_step=on_step)
+        return out[..., :h, :w].clamp(0, 1)
 
     @torch.no_grad()
     def audit(self, x0: Tensor, mu: Tensor, *, rng: torch.Generator | None = None) -> None:
