@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from tests.tiny import tiny_dit_pipe, tiny_sd, tiny_sd3
@@ -11,6 +13,7 @@ from effuse.control import (
     W2SD,
     Branch,
     Guide,
+    Hint,
     Pair,
     Reflect,
     Source,
@@ -19,6 +22,7 @@ from effuse.control import (
     Target,
     controlled,
     guidance_pair,
+    hint_pair,
     lora_pair,
     model_pair,
     prompt_pair,
@@ -360,3 +364,68 @@ def test_house():
     assert run.sample(rng=seeded()).shape[:2] == (2, 3)
     with pytest.raises(ValueError, match="the same"):
         controlled(pixels, "w2sd", 2, steps=3)
+
+
+def controlnet(pipe):
+    from diffusers import ControlNetModel
+
+    depth = int(math.log2(effuse.wrap(pipe).codec.factor)) + 1
+    torch.manual_seed(7)
+    net = ControlNetModel.from_unet(
+        pipe.unet, conditioning_embedding_out_channels=(4, 8, 8, 8)[:depth]
+    )
+    for part in (*net.controlnet_down_blocks, net.controlnet_mid_block):  # zeros as built
+        torch.nn.init.normal_(part.weight, std=0.1)
+    torch.nn.init.normal_(net.controlnet_cond_embedding.conv_out.weight, std=0.5)
+    return net
+
+
+def test_a_hint_is_diffusers_own_controlnet():
+    from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline
+
+    pipe = tiny_sd()
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    net = controlnet(pipe)
+    parts = {k: v for k, v in pipe.components.items() if k != "image_encoder"}
+    theirs = StableDiffusionControlNetPipeline(
+        **parts, controlnet=net, requires_safety_checker=False
+    )
+    theirs.set_progress_bar_config(disable=True)
+    model = effuse.wrap(pipe)
+    side = model.shape[1] * model.codec.factor
+    picture = torch.rand(3, side, side, generator=seeded())
+    start = model.prior(1, rng=seeded())
+    wanted = theirs(
+        "a cat", image=picture[None], num_inference_steps=3, guidance_scale=1.0,
+        controlnet_conditioning_scale=0.7, latents=start.clone(), output_type="latent",
+        height=side, width=side,
+    ).images  # fmt: skip
+    hinted = Hint(net, picture, 0.7).on(model)
+    found = hinted.sample(["a cat"], steps=3, guidance=1.0, latents=start, decode=False)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    plain = model.sample(["a cat"], steps=3, guidance=1.0, latents=start, decode=False)
+    assert (plain - wanted).abs().max() > 1e-2
+    off = Hint(net, picture, 0.0).on(model)
+    assert torch.equal(
+        off.sample(["a cat"], steps=3, guidance=1.0, latents=start, decode=False), plain
+    )
+
+
+def test_a_hint_is_a_gap():
+    pipe = tiny_sd()
+    model = effuse.wrap(pipe)
+    picture = torch.rand(3, 32, 32, generator=seeded())
+    control = hint_pair(Hint(controlnet(pipe), picture))
+    drawing = controlled(model, control, ["a cat"], count=2, steps=3, guidance=1.0)
+    pair = drawing.denoiser
+    x = model.prior(2, rng=seeded())
+    assert torch.equal(pair.strong(x, 0.5).x0, pair.plain(x, 0.5).x0)
+    assert not torch.equal(pair.strong(x, 0.5).x0, pair.weak(x, 0.5).x0)
+    assert drawing.sample(rng=seeded()).isfinite().all()
+    with pytest.raises(ValueError, match="expected \\(3, H, W\\) in"):
+        Hint(controlnet(pipe), picture * 2).on(model)
+    with pytest.raises(TypeError, match="UNet2DConditionModel"):
+        Hint(controlnet(pipe), picture).on(effuse.wrap(tiny_dit_pipe()))
+    three = Hint(controlnet(pipe), picture.expand(3, -1, -1, -1)).on(model)
+    with pytest.raises(ValueError, match="3 hints for 2"):
+        three.sample(["a", "b"], steps=1, guidance=1.0)

@@ -4,6 +4,7 @@ from .base import Control, Controlled, control_named, controlled
 from .classifier import Classified, NoisyClasses
 from .densities import AND, OR, Fixed, Rule
 from .guide import Guide
+from .hint import Hint
 from .superdiff import (
     Maruyama,
     Reverse,
@@ -22,6 +23,7 @@ from .w2sd import (
     Source,
     Target,
     guidance_pair,
+    hint_pair,
     lora_pair,
     model_pair,
     prompt_pair,
@@ -37,6 +39,7 @@ __all__ = [
     "Controlled",
     "Fixed",
     "Guide",
+    "Hint",
     "Maruyama",
     "NoisyClasses",
     "Pair",
@@ -54,6 +57,7 @@ __all__ = [
     "control_named",
     "controlled",
     "guidance_pair",
+    "hint_pair",
     "lora_pair",
     "model_pair",
     "prompt_pair",

@@ -24,6 +24,7 @@ from effuse.solvers.ddim import DDIM
 
 from .base import Control, branches, same_space
 from .guide import Guide, one_process
+from .hint import Hint
 
 
 class Pair(Denoiser):
@@ -88,7 +89,7 @@ def back(process: Process, y: Tensor, s: Time, t: Time, pred: Prediction) -> Ten
     paper="Weak-to-Strong Diffusion with Reflection",
     year=2025,
     buys="a better sample from a strong and a weak model, without training",
-    missing="ready-made pairs for ControlNet and for good and bad experts: give any two denoisers",
+    missing="a ready-made pair of good and bad experts: give any two denoisers to Pair",
 )
 @dataclass(frozen=True)
 class Reflect(Solver):
@@ -227,7 +228,7 @@ class Branch:
 
     guidance: scale of its own. lora: scale of the control's adapter. what: other prompts or labels,
     one for all or one each. negative: a prompt of its own to keep away from. model: another
-    wrapped pipeline of the same schedule and latent space.
+    wrapped pipeline of the same schedule and latent space. hint: a ControlNet and its picture.
     """
 
     guidance: float | None = None
@@ -235,6 +236,7 @@ class Branch:
     what: Any = None
     negative: str | None = None
     model: Wrapped | None = None
+    hint: Hint | None = None
 
 
 @method("w2sd")
@@ -276,7 +278,7 @@ class W2SD(Control):
         if strong == weak:
             raise ValueError(
                 f"the strong and the weak side are the same, guidance {own:g} and all: expected "
-                "a gap between them, of guidance, prompts, LoRA scale or model"
+                "a gap between them, of guidance, prompts, LoRA scale, model or hint"
             )
         sides = [
             self._side(side, model, rows, count, guidance, negative)
@@ -299,6 +301,7 @@ class W2SD(Control):
         negative: Any,
     ) -> Denoiser:
         model = model if side.model is None else side.model
+        model = model if side.hint is None else side.hint.on(model)
         if side.what is not None:
             told = [side.what] if isinstance(side.what, (str, int)) else list(side.what)
             told = self.rows(told, count)
@@ -339,3 +342,8 @@ def prompt_pair(weak: Any) -> W2SD:
 def model_pair(weak: Wrapped) -> W2SD:
     """Return a control whose weak side is another pipeline."""
     return W2SD(weak=Branch(model=weak))
+
+
+def hint_pair(hint: Hint) -> W2SD:
+    """Return a control whose strong side is shown a picture by a ControlNet, the plain one too."""
+    return W2SD(Branch(hint=hint), Branch(), Branch(hint=hint))
