@@ -45,7 +45,8 @@ from effuse.proofs import Claim, Evidence, Scale, proof
 from effuse.solvers import DDIM
 from effuse.solvers.ddim import fresh_noise
 
-STEPS, FIRST, TUNING = 1000, 420, 1000  # above step 420 alpha is below 1e-4: pure noise
+STEPS, FIRST = 1000, 420  # above step 420 alpha is below 1e-4: pure noise
+TUNING, JUDGED = 1000, 100  # the seed that settings were chosen on, the first that is judged
 
 
 def process() -> Tabulated:
@@ -179,7 +180,9 @@ def modes(
 ) -> tuple[list[Claim], list[dict[str, Any]], Window]:
     """A, B: how well the score tells samples off the support of known modes."""
     size = law.means.shape[1]
-    steps, batch = scale.pick(60, 3000 if size == 1 else 500, 5000), 512 if size == 1 else 2048
+    # on the tuning seed the plane is off its support in 78, 30 and 2 % after 6, 20 and 40 thousand
+    steps = scale.pick(60, 3000 if size == 1 else 500, 5000 if size == 1 else 40_000)
+    batch = 512 if size == 1 else 1024
     count, points = scale.pick(200, 4000, 16_000), 20_000 if size == 1 else 100_000
     times, std = grid(*scale.pick((60, 12), (10, 60), (5, 60))), float(law.std[0])
     judge = OffSupport(law.means, (4 if size == 1 else 5) * std)
@@ -261,7 +264,7 @@ def recursion(law: Mixture, window: Window, scale: Scale) -> tuple[list[Claim], 
     times = grid(*scale.pick((60, 12), (10, 60), (5, 60)))
     steps, count = scale.pick(60, 2000, 5000), scale.pick(200, 4000, 10_000)
     judge = OffSupport(law.means, 4 * float(law.std[0]))
-    seeds = scale.seeds[: scale.pick(1, 1, 2)]
+    seeds = [seed + JUDGED for seed in scale.seeds[: scale.pick(1, 1, 2)]]
     last: dict[str, list[float]] = {}
     rows = []
     for seed in seeds:
@@ -394,8 +397,9 @@ def pictures(scale: Scale) -> tuple[list[Claim], list[dict[str, Any]], str]:
 def prove(scale: Scale) -> Evidence:
     """The score finds what lies between the modes; what that is worth on pictures."""
     law = line(process())
-    claims, rows, window = modes("three modes on the line", law, scale, scale.seeds)
-    more, found, _ = modes("25 modes in the plane", lattice(process()), scale, scale.seeds[:1])
+    seeds = tuple(seed + JUDGED for seed in scale.seeds)
+    claims, rows, window = modes("three modes on the line", law, scale, seeds)
+    more, found, _ = modes("25 modes in the plane", lattice(process()), scale, seeds[:1])
     claims, rows = [*claims, *more], [*rows, *found]
     more, found = recursion(law, window, scale)
     claims, rows = [*claims, *more], [*rows, *found]
