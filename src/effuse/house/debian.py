@@ -154,7 +154,7 @@ def fashion() -> Digits:
                 raw = np.frombuffer(gzip.decompress(content), np.uint8, offset=16 if images else 8)
                 found[key] = raw.reshape(-1, 1, 28, 28) if images else raw
         packed = io.BytesIO()
-        np.savez(packed, **found)
+        np.savez(packed, **found)  # type: ignore[arg-type]
         write_whole(file, packed.getvalue())
     with np.load(file) as read:
         a, b, c, d = (torch.from_numpy(read[k]) for k in keys)

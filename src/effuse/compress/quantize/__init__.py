@@ -1,4 +1,5 @@
 """Fewer bits a number: weights, and activations on the fly.
 
-Grids are in `effuse.ops.grid`, layers in `effuse.nn.quantized`; `base` swaps them in and out.
+Grids are in `effuse.ops.grid`, layers in `effuse.nn.quantized`; `effuse.compress.swap` puts
+them in and out.
 """

@@ -9,12 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from effuse.compress.swap import Swapped, layers_of
 from effuse.core.contracts import Transform, Where, everywhere
 from effuse.core.errors import check_positive
 from effuse.core.method import method
 from effuse.nn.quantized import COMPUTES, Quantized, quantizable, quantized
-
-from .base import Swapped, layers_of
 
 
 class Choice(ABC):

@@ -1,4 +1,4 @@
-"""Layers of a network swapped for quantized ones, and back; shared by all quantizers."""
+"""Layers of a network swapped for others that hold less, and back; for all that swap layers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def bytes_of(module: nn.Module) -> int:
 
 
 class Swapped(Applied):
-    """Quantized layers in the place of the original ones, which are kept until `finalize`.
+    """New layers in the place of the original ones, which are kept until `finalize`.
 
     Args:
         transform: what made it.
