@@ -27,6 +27,7 @@ In training mode everything computes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -34,8 +35,9 @@ import math
 import threading
 import warnings
 import weakref
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -46,7 +48,7 @@ from effuse.core.contracts import Applied, Call, Transform
 
 from .accounts import Accounts, Cost, Shape
 from .clock import Clock, forget_ended, level_of
-from .gates import Gate, paired, tensor_bytes
+from .gates import Gate, copied, paired, tensor_bytes
 from .keys import Rule
 
 CONTROLS = (
@@ -134,6 +136,34 @@ class Now:
             self.fresh[part] = fresh
         return self.fresh[part]
 
+    def weight(self, part: str) -> Tensor | None:
+        """Return the weight of what `part` computes in a blend; None where nothing is blended."""
+        mixture = self.cache.mixture
+        if (
+            mixture is None
+            or part not in self.stream.kept
+            or self.cache.accounts.forced is not None
+        ):
+            return None
+        return mixture.weight(self.step, part)
+
+    def blend(self, part: str, value: Any, weight: Tensor) -> Any:
+        """Return weight * value + (1 - weight) * kept, in float32 or better; keep it if it is due.
+
+        Its gradient reaches the weight and `value`, never what was kept.
+        """
+
+        def mix(new: Tensor, old: Tensor) -> Tensor:
+            wide = torch.promote_types(new.dtype, torch.float32)
+            w = weight.to(new.device, wide)
+            return (w * new.to(wide) + (1 - w) * old.to(wide)).to(new.dtype)
+
+        out = paired(value, self.kept(part), mix)
+        mixture = self.cache.mixture
+        if mixture is not None and float(weight.detach()) > mixture.tau:
+            self.keep(part, copied(out))
+        return out
+
     def _decide(self, part: str) -> bool:
         rule, forced = self.cache.rule, self.cache.accounts.forced
         missed = range(self.stream.asked.get(part, self.step) + 1, self.step)
@@ -153,6 +183,8 @@ class Now:
 
     def keep(self, part: str, value: Any) -> None:
         """Store what later steps inherit, and with `order` 1 the value before it."""
+        if self.cache.heard is not None:
+            self.cache.heard(self.step, self.level, part, value)
         before = self.stream.kept.get(part, [])
         self.stream.kept[part] = [(self.level, value), *before][: self.cache.order + 1]
 
@@ -177,6 +209,19 @@ class Now:
             off = (x - then).norm(dim=1) / then.norm(dim=1).clamp_min(1e-12)
             self._change = float(off.max())
         return self._change
+
+
+class Mixture(ABC):
+    """Blends what is computed with what is kept, instead of deciding: for learning a route.
+
+    tau: what is blended replaces what is kept where its weight exceeds this.
+    """
+
+    tau: float = 0.1
+
+    @abstractmethod
+    def weight(self, step: int, part: str) -> Tensor | None:
+        """Return the weight r, (), of what is computed; None computes and keeps."""
 
 
 class Cached(Applied):
@@ -213,6 +258,9 @@ class Cached(Applied):
             )
         self._sample = names[0]
         self.finalized = False
+        self.mixture: Mixture | None = None
+        self.heard: Callable[[int, float, str, Any], None] | None = None
+        self._paused: set[int] = set()
         self.accounts = Accounts(self.parts)
         self._digests: dict[int, tuple[Any, int, str]] = {}
         self._clock = Clock()
@@ -238,10 +286,20 @@ class Cached(Applied):
         """Return the call of the model that this thread is in, `None` outside or in training."""
         return self._now.get(threading.get_ident())
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Compute everything in this thread while inside; clock and store do not notice."""
+        me = threading.get_ident()
+        self._paused.add(me)
+        try:
+            yield
+        finally:
+            self._paused.discard(me)
+
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         me = threading.get_ident()
         self._now.pop(me, None)
-        if model.training or not self.gates:
+        if model.training or not self.gates or me in self._paused:
             return
         given = self._arguments(args, kwargs)
         level = level_of(given.get("timestep"))

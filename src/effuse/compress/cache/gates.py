@@ -36,6 +36,9 @@ class Gate:
         if now is None:
             return self.original(*args, **kwargs)
         fresh = now.computes(self.part, first_tensor(args, kwargs))
+        weight = now.weight(self.part)
+        if weight is not None:
+            return self.blend(now, weight, *args, **kwargs)
         with now.cache.accounts.charge(self.part, fresh):
             if fresh:
                 return self.compute(now, *args, **kwargs)
@@ -55,6 +58,10 @@ class Gate:
     def inherit(self, now: Now, *args: Any, **kwargs: Any) -> Any:
         """Give an output from what was kept."""
         return copied(now.kept(self.part))
+
+    def blend(self, now: Now, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Give weight * (computed) + (1 - weight) * (kept), which has a gradient in the weight."""
+        return now.blend(self.part, self.original(*args, **kwargs), weight)
 
     def put(self, cache: Cached) -> None:
         """Stand in for the module's forward from now on."""
@@ -93,6 +100,10 @@ class Silent(Gate):
         noted = now.stream.shapes[self.slot]
         return mapped(noted, lambda a: torch.zeros(a[0], dtype=a[1], device=a[2]), _is_shape)
 
+    def blend(self, now: Now, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the original: the gate that keeps the value blends."""
+        return self.original(*args, **kwargs)
+
 
 def _is_shape(a: Any) -> bool:
     return isinstance(a, tuple) and len(a) == 3 and isinstance(a[0], torch.Size)
@@ -113,19 +124,29 @@ class Branch(Gate):
 
     def compute(self, now: Now, *args: Any, **kwargs: Any) -> Any:
         """Run the original, listening to the last child."""
+        out, branch = self._both(args, kwargs)
+        now.keep(self.part, branch.detach())
+        return out
+
+    def blend(self, now: Now, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Join the blended branch with the fresh skip."""
+        _, branch = self._both(args, kwargs)
+        x = args[0] if args else kwargs["hidden_states"]
+        return self.join(self.module, x, now.blend(self.part, branch, weight), kwargs)
+
+    def _both(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Tensor]:
         me, heard = threading.get_ident(), []
 
         def listen(child: nn.Module, given: Any, out: Tensor) -> None:
             if threading.get_ident() == me:
-                heard.append(out.detach())
+                heard.append(out)
 
         hook = self.module.get_submodule(self.last).register_forward_hook(listen)
         try:
             out = self.original(*args, **kwargs)
         finally:
             hook.remove()
-        now.keep(self.part, heard[-1])
-        return out
+        return out, heard[-1]
 
     def inherit(self, now: Now, *args: Any, **kwargs: Any) -> Any:
         """Join the kept branch with the fresh skip."""
@@ -188,13 +209,28 @@ class Delta(Gate):
             now.held[self.part] = self._given(args, kwargs)
         out = self.original(*args, **kwargs)
         if self.last:
-            came = out if isinstance(out, tuple) else (out,)
-            added = tuple(
-                None if a is None or b is None else (b - a).detach()
-                for a, b in zip(now.held.pop(self.part), came, strict=True)
-            )
-            now.keep(self.part, added)
+            added = self._added(now.held.pop(self.part), out)
+            now.keep(self.part, mapped(added, lambda a: a.detach()))
         return out
+
+    def blend(self, now: Now, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the original; the last of the row adds what is blended to what the row was given."""
+        if self.first:
+            now.held[self.part] = self._given(args, kwargs)
+        out = self.original(*args, **kwargs)
+        if not self.last:
+            return out
+        start = now.held.pop(self.part)
+        mixed = now.blend(self.part, self._added(start, out), weight)
+        joined = tuple(None if d is None else a + d for a, d in zip(start, mixed, strict=True))
+        return joined if len(joined) > 1 else joined[0]
+
+    @staticmethod
+    def _added(start: tuple[Any, ...], out: Any) -> tuple[Any, ...]:
+        came = out if isinstance(out, tuple) else (out,)
+        return tuple(
+            None if a is None or b is None else b - a for a, b in zip(start, came, strict=True)
+        )
 
     def inherit(self, now: Now, *args: Any, **kwargs: Any) -> Any:
         """Hand the input on; the last of the row adds what was kept."""
@@ -203,6 +239,23 @@ class Delta(Gate):
             kept = now.kept(self.part)
             given = tuple(None if d is None else a + d for a, d in zip(given, kept, strict=True))
         return given if len(given) > 1 else given[0]
+
+
+class Watch(Gate):
+    """Shows the rule what a block adds to its input, and always computes.
+
+    part: whose decision it is for. Where the shapes differ, what the block gives is shown.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """See `Gate.__call__`."""
+        out = self.original(*args, **kwargs)
+        now = self.cache.now() if self.cache is not None else None
+        if now is not None:
+            came = out[-1] if isinstance(out, tuple) else out
+            x = first_tensor(args, kwargs)
+            now.watch(self.part, came - x if x is not None and x.shape == came.shape else came)
+        return out
 
 
 # ---- nested values

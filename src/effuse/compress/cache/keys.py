@@ -7,8 +7,8 @@ begins in the middle of a schedule (img2img, a refiner) is counted from where it
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from effuse.core.errors import check_positive, check_whole
@@ -178,6 +178,73 @@ class Explicit(Keys):
     def key(self, step: int) -> bool:
         """See `Keys.key`."""
         return step in self.steps
+
+
+@dataclass(frozen=True)
+class Route(Rule):
+    """For each part the steps at which it inherits; it computes at all others.
+
+    steps: of the run. inherits: steps by part, never 0; a part that is not named computes always.
+    levels: (steps,) the timesteps of the run it was made for, which another schedule does not
+        share, so that it is refused; () accepts any.
+    """
+
+    steps: int = 1
+    inherits: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    levels: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the table."""
+        check_whole("steps", self.steps, 1)
+        levels = tuple(float(level) for level in self.levels)
+        if levels and len(levels) != self.steps:
+            raise ValueError(f"{len(levels)} levels: expected steps={self.steps} of them")
+        table = {part: tuple(sorted(at)) for part, at in self.inherits.items()}
+        for part, at in table.items():
+            if at and not (at[0] >= 1 and at[-1] < self.steps):
+                raise ValueError(
+                    f"{part} inherits at steps {at}: expected 1 to {self.steps - 1}, the first "
+                    "step has nothing to inherit"
+                )
+        object.__setattr__(self, "levels", levels)
+        object.__setattr__(self, "inherits", table)
+
+    @property
+    def limit(self) -> int | None:
+        """Return the number of steps the rule was made for."""
+        return self.steps
+
+    def check(self, step: int, level: float) -> None:
+        """See `Rule.check`."""
+        super().check(step, level)
+        made = self.levels[step] if self.levels else level
+        if abs(level - made) > 2e-3 * max(abs(made), 1e-3):
+            raise ValueError(
+                f"step {step + 1} of a run is at timestep {level:g}: the route was made for "
+                f"{made:g} there, on {self.steps} steps; sample on that schedule, or make a route "
+                "for this one"
+            )
+
+    def fresh(self, step: int, part: str, change: Callable[[], float]) -> bool:
+        """See `Rule.fresh`."""
+        return step not in self.inherits.get(part, ())
+
+    def count(self) -> int:
+        """Return how many (step, part) pairs inherit."""
+        return sum(len(at) for at in self.inherits.values())
+
+    def saved(self, saved: Mapping[str, int]) -> int:
+        """Return what a run saves, where a part saves `saved[part]` at each step it inherits."""
+        return sum(len(at) * saved[part] for part, at in self.inherits.items())
+
+    def only(self, steps: Collection[int]) -> Route:
+        """Return the route that inherits at these steps and computes at all others."""
+        table = {part: tuple(i for i in at if i in steps) for part, at in self.inherits.items()}
+        return Route(self.steps, table, self.levels)
+
+    def __str__(self) -> str:
+        """Say how long it is and how much it inherits."""
+        return f"Route of {self.steps} steps, {self.count()} inheritances"
 
 
 @dataclass(frozen=True)

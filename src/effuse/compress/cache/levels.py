@@ -25,6 +25,7 @@ from .gates import (
     Delta,
     Gate,
     Silent,
+    Watch,
     join_attention,
     join_resnet,
     join_transformer,
@@ -131,6 +132,37 @@ class Group(Level):
             Delta(part, m, _flow(m), first=i == 0, last=i == len(row) - 1)
             for i, (_, m) in enumerate(row)
         ]
+
+    def drops(self, gates: Sequence[Gate]) -> list[str]:
+        """See `Level.drops`."""
+        return [g.part for g in gates]
+
+
+@dataclass(frozen=True)
+class Rest(Level):
+    """Everything behind the first `fresh` blocks, as one part; the last of those is watched.
+
+    What it adds to its input is the feature whose change `Adaptive` judges (first-block cache). In
+    a transformer all other blocks inherit together what they add; a UNet keeps the mirror images
+    of its fresh layers too, as in `Blocks`.
+    """
+
+    fresh: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the number."""
+        if self.fresh < 1:
+            raise ValueError(f"fresh={self.fresh}: expected at least one block to watch")
+
+    def gates(self, model: nn.Module, where: Where) -> list[Gate]:
+        """See `Level.gates`."""
+        blocks = transformer_blocks(model)
+        if blocks and self.fresh >= len(blocks):
+            raise ValueError(f"fresh={self.fresh}: expected less than the {len(blocks)} blocks")
+        level: Level = Group(self.fresh, len(blocks)) if blocks else Blocks(self.fresh)
+        first = blocks or [layer[-1] for layer in unet_layers(model)[0]]
+        gates = level.gates(model, where)
+        return [Watch(gates[0].part, first[self.fresh - 1][1]), *gates] if gates else []
 
     def drops(self, gates: Sequence[Gate]) -> list[str]:
         """See `Level.drops`."""

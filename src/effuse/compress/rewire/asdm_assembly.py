@@ -16,19 +16,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from effuse.compress.cache.accounts import Plan
-from effuse.compress.cache.base import Cached
+from effuse.compress.cache.inherited import Inherited
 from effuse.compress.cache.keys import (
     Adaptive,
     BackDense,
     Explicit,
     FrontDense,
-    Keys,
+    Route,
     Rule,
     Uniform,
     Window,
 )
-from effuse.compress.cache.levels import Blocks, Group, Layers, Level, Named, Units
+from effuse.compress.cache.levels import Blocks, Group, Layers, Level, Named, Rest, Units
 from effuse.core.contracts import Applied, Objective, Transform, Where, everywhere
 from effuse.core.errors import check_choice, check_fraction
 from effuse.core.method import method
@@ -50,6 +49,8 @@ __all__ = [
     "Layers",
     "Named",
     "Removed",
+    "Rest",
+    "Route",
     "Uniform",
     "Units",
     "Window",
@@ -79,8 +80,10 @@ class Inherit(Transform):
     step i in K: all parts compute, each leaves its branch b in the store
     otherwise:   out = skip(in) + b
 
-    level: which parts, and what of them is kept: `Blocks`, `Group`, `Layers`, `Units`, `Named`.
-    keys: the key steps K: `Uniform`, `FrontDense`, `BackDense`, `Window`, `Explicit`, `Adaptive`.
+    level: which parts, and what of them is kept: `Blocks`, `Group`, `Rest`, `Layers`, `Units`,
+        `Named`.
+    keys: the key steps K: `Uniform`, `FrontDense`, `BackDense`, `Window`, `Explicit`, `Adaptive`;
+        or a `Route`, which has key steps for each part.
     order: 0 inherits the last value, the paper's; 1 the line through the last two, in the timestep
         (TaylorSeer's first order), for twice the memory and no computation to speak of.
     where: parts whose modules it forbids always compute.
@@ -113,55 +116,11 @@ class Inherit(Transform):
             TypeError: the level does not know this kind of network.
             ValueError: the network has no part of the level.
         """
-        return Inherited(self, model, None)
+        return Inherited(self, model, self.keys)
 
     def restore(self, model: nn.Module, plan: Mapping[str, Any]) -> Inherited:
         """Put gates on the parts named in `plan` of a fresh `model`."""
-        return Inherited(self, model, tuple(plan["parts"]))
-
-
-class Inherited(Cached):
-    """A network that inherits features; see `Inherit` and `effuse.compress.cache.base.Cached`."""
-
-    transform: Inherit
-
-    def __init__(self, transform: Inherit, model: nn.Module, parts: tuple[str, ...] | None):
-        level = transform.level
-        gates = level.gates(model, transform.where if parts is None else everywhere)
-        if parts is None and not gates and not level.gates(model, everywhere):
-            raise ValueError(f"{level}: {type(model).__name__} has no such part to inherit")
-        if parts is not None:
-            found = {g.part for g in gates}
-            if missing := [p for p in parts if p not in found]:
-                raise ValueError(
-                    f"the plan names the part {missing[0]!r}, which {type(model).__name__} does "
-                    "not have: expected the network that the plan was made for"
-                )
-            gates = [g for g in gates if g.part in parts]
-        super().__init__(
-            transform, model, transform.keys, gates, level.drops(gates), transform.order
-        )
-
-    def plan(self) -> dict[str, Any]:
-        """Return the parts by name; level and keys are fields of the transform."""
-        return {"parts": list(self.parts)}
-
-    def expected(self, steps: int) -> dict[str, int]:
-        """Return what a run of `steps` calls executes, before it is run.
-
-        `parts` executions; `macs` and `macs_full` on the first observed shape, if any. Needs key
-        steps that are known beforehand: not `Adaptive`.
-        """
-        if not isinstance(self.rule, Keys):
-            raise ValueError(f"{self.rule}: its key steps are known only after the run, see report")
-        plan = Plan(self.rule, self.parts)
-        out = {
-            "key_calls": len(self.rule.of(steps)),
-            "parts_computed": plan.runs(steps, len(self.parts)),
-        }
-        for cost in list(self.costs.values())[:1]:
-            out |= {"macs": plan.macs(steps, cost), "macs_full": steps * cost.full}
-        return out
+        return Inherited(self, model, self.keys, tuple(plan["parts"]))
 
 
 # ---- assembly: a lighter network from a teacher's parts
