@@ -2,12 +2,14 @@
 
     L = L_task + L_out + L_feature
     L_task = ||eps - eps_S||^2,  L_out = ||eps_T - eps_S||^2
-    L_feature = sum_i a_i ||f_T^i - f_S^i||^2
+    L_feature = sum_i w_i a_i ||f_T^i - A_i f_S^i||^2
 
-Means over elements and the batch. `Plain` has a_i = 1 (BK-SDM): stages with large features rule the
-sum. `PerBatch` has a_i = g / mean ||f_T^i||^2 without a gradient: each term is then g where the
-student's features are zero and does not change when both networks' features are rescaled. Source:
-LAPTOP-Diff (2404.11098); the exact normalizer of the paper is not public, this one is ours.
+Means over elements and the batch; w_i is the tap's weight; A_i is the identity, or a 1x1 layer that
+learns where widths differ. `Plain` has a_i = 1 (BK-SDM, the default of `FeatureDistillation`):
+stages with large features rule the sum. `PerBatch` has a_i = g / mean ||f_T^i||^2 without a
+gradient: each term is then g where the student's features are zero and does not change when both
+networks' features are rescaled. Sources: BK-SDM (2305.15798); LAPTOP-Diff (2404.11098), whose exact
+normalizer is not public, this one is ours.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ from torch import Tensor, nn
 from effuse.core.contracts import Call, Loss, Objective
 from effuse.ops import randn_like
 
-ROWS = ("transformer_blocks", "single_transformer_blocks")
+from .taps import ROWS, Adapter, Tapped, tap_of, width
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""Of the teacher's features and the student's, wide and of one shape: their difference, ()."""
 Spoil = Callable[[Mapping[str, Any], torch.Generator | None], tuple[Call, Tensor]]
 """Turns a batch of clean samples into the network's arguments and what it should answer."""
 
@@ -149,8 +154,8 @@ class Running(Normalizer):
         return self.scale / (now + self.tiny), now
 
 
-class NormalizedFeatureDistillation(Objective):
-    """Teach a student its teacher's answers and stage features; see the module.
+class FeatureDistillation(Objective):
+    """Teach a student its teacher's answers and features; see the module.
 
     A batch is `{"call": (args, kwargs)}`, perhaps with the `target` of the task, which is how it
     works without data: on recorded calls, or on x0 the teacher drew itself. Or it is what `spoil`
@@ -160,24 +165,33 @@ class NormalizedFeatureDistillation(Objective):
     Args:
         teacher: frozen here, once. Must be another object than the student.
         student: learns in place.
-        taps: dotted names, the same in both, or pairs (teacher's, student's); `stages` if None.
-        normalizer: `PerBatch`, `Matched`, `Running` or `Plain`.
-        weights: of task, output and features.
+        taps: dotted names, the same in both, pairs (teacher's, student's), or `Tap`s with weights
+            (`effuse.distill.taps.pairs` makes them); `stages` if None, none if empty.
+        normalizer: `Plain` (BK-SDM), `PerBatch`, `Matched` or `Running`.
+        weights: of task, output and features; a part of weight 0 is not computed.
         spoil: makes a call and its target of a batch without a call.
+        distance: of two features; mean squared error if None.
+        example: a call on which widths are compared: taps of different width get an `Adapter`,
+            begun as the least-squares map on this call. Without it widths must agree.
 
     Raises:
         ValueError: the teacher is the student, or shares parameters with it.
+        AttributeError: a network has no module of a tap's name.
     """
+
+    normal: Normalizer = Plain()
 
     def __init__(
         self,
         teacher: nn.Module,
         student: nn.Module,
-        taps: Sequence[str | tuple[str, str]] | None = None,
+        taps: Sequence[Tapped] | None = None,
         *,
         normalizer: Normalizer | None = None,
         weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
         spoil: Spoil | None = None,
+        distance: Distance | None = None,
+        example: Call | None = None,
     ):
         super().__init__()
         mine = {id(p) for p in student.parameters()}
@@ -188,17 +202,42 @@ class NormalizedFeatureDistillation(Objective):
             )
         self.teacher = teacher.eval().requires_grad_(False)
         self.student = student
-        named = stages(student) if taps is None else taps
-        self.taps = [(t, t) if isinstance(t, str) else (t[0], t[1]) for t in named]
-        for theirs, own in self.taps:
-            teacher.get_submodule(theirs), student.get_submodule(own)
-        self.normalizer = normalizer or PerBatch()
-        self.weights, self.spoil = weights, spoil
+        self.matched = [tap_of(t) for t in (stages(student) if taps is None else taps)]
+        for tap in self.matched:
+            teacher.get_submodule(tap.teacher), student.get_submodule(tap.student)
+        self.normalizer = normalizer or self.normal
+        self.weights, self.spoil, self.distance = weights, spoil, distance
         # a buffer, so that a run taken up again goes on with the same average
         self.remembered: Tensor
-        self.register_buffer("remembered", torch.full((len(self.taps),), math.nan))
+        self.register_buffer("remembered", torch.full((len(self.matched),), math.nan))
+        self.adapters = nn.ModuleDict()
+        if example is not None and self.matched:
+            self._adapt(example)
 
-    def train(self, mode: bool = True) -> NormalizedFeatureDistillation:
+    @property
+    def taps(self) -> list[tuple[str, str]]:
+        """Names of the modules compared, (teacher's, student's)."""
+        return [(t.teacher, t.student) for t in self.matched]
+
+    def parameters_of(self, player: str) -> list[nn.Parameter]:
+        """Return the student's trainable parameters, and those of the adapters."""
+        return [*super().parameters_of(player), *self.adapters.parameters()]
+
+    @torch.no_grad()
+    def _adapt(self, example: Call) -> None:
+        (args, kwargs), training = example, self.student.training
+        self.student.eval()
+        with listening(self.teacher, [a for a, _ in self.taps]) as theirs:
+            self.teacher(*args, **kwargs)
+        with listening(self.student, [b for _, b in self.taps]) as own:
+            self.student(*args, **kwargs)
+        self.student.train(training)
+        for i, (a, b) in enumerate(self.taps):
+            _require(a, theirs.get(a), b, own.get(b))
+            if width(theirs[a]) != width(own[b]):
+                self.adapters[str(i)] = Adapter.fitted(own[b], theirs[a])
+
+    def train(self, mode: bool = True) -> FeatureDistillation:
         """Set the student's mode; the teacher stays in evaluation mode."""
         super().train(mode)
         self.teacher.eval()
@@ -210,40 +249,51 @@ class NormalizedFeatureDistillation(Objective):
         """Return the sum, and terms `task`, `output` and one `feature/NAME` a tap."""
         call, target = self._call(batch, rng)
         args, kwargs = call
-        with torch.no_grad(), listening(self.teacher, [a for a, _ in self.taps]) as theirs:
-            wanted = answer(self.teacher(*args, **kwargs))
-        with listening(self.student, [b for _, b in self.taps]) as own:
-            given = answer(self.student(*args, **kwargs))
         task, output, feature = self.weights
+        heard = self.taps if feature else []
+        with torch.no_grad(), listening(self.teacher, [a for a, _ in heard]) as theirs:
+            wanted = answer(self.teacher(*args, **kwargs))
+        with listening(self.student, [b for _, b in heard]) as own:
+            given = answer(self.student(*args, **kwargs))
         error = (_wide(given) - _wide(wanted)).square().mean()
         terms = {"output": output * error}
-        if target is not None:
+        if target is not None and task:
             answered = _wide(given[:, : target.shape[1]])
             terms["task"] = task * (answered - _wide(target)).square().mean()
-        if self.taps:
-            pairs = [self._pair(a, theirs.get(a), b, own.get(b)) for a, b in self.taps]
-            errors = feature_errors(pairs)
-            power = torch.stack([_wide(t.detach()).square().mean() for t, _ in pairs])
-            before = None if self.remembered.isnan().any() else self.remembered
-            a, now = self.normalizer.weights(power, before)
-            if now is not None:
-                self.remembered.copy_(now)
-            a = a * self.normalizer.balanced((a * errors).detach(), error.detach())
-            for (_, name), term in zip(self.taps, feature * a * errors, strict=True):
-                terms[f"feature/{name}"] = term
+        if heard:
+            for tap, term in zip(self.matched, self._features(theirs, own, error), strict=True):
+                terms[f"feature/{tap.student}"] = feature * term
         return Loss(torch.stack(list(terms.values())).sum(), terms)
 
-    @staticmethod
-    def _pair(a: str, theirs: Tensor | None, b: str, own: Tensor | None) -> tuple[Tensor, Tensor]:
-        if theirs is None or own is None:
-            who, name = ("teacher", a) if theirs is None else ("student", b)
-            raise ValueError(f"tap {name!r} was not called by the {who}: name a layer that runs")
-        if theirs.shape != own.shape:
+    def _features(
+        self, theirs: Mapping[str, Tensor], own: Mapping[str, Tensor], error: Tensor
+    ) -> Tensor:
+        """Return the feature terms, (n,)."""
+        pairs = [self._pair(i, theirs, own) for i in range(len(self.matched))]
+        errors = feature_errors(pairs, self.distance)
+        power = torch.stack([_wide(t.detach()).square().mean() for t, _ in pairs])
+        before = None if self.remembered.isnan().any() else self.remembered
+        a, now = self.normalizer.weights(power, before)
+        if now is not None:
+            self.remembered.copy_(now)
+        a = a * a.new_tensor([t.weight for t in self.matched])
+        return a * self.normalizer.balanced((a * errors).detach(), error.detach()) * errors
+
+    def _pair(
+        self, index: int, theirs: Mapping[str, Tensor], own: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        a, b = self.taps[index]
+        _require(a, theirs.get(a), b, own.get(b))
+        mine = own[b]
+        if str(index) in self.adapters:
+            mine = self.adapters[str(index)](mine)
+        if theirs[a].shape != mine.shape:
             raise ValueError(
-                f"tap {a!r} of the teacher gives {tuple(theirs.shape)}, {b!r} of the student "
-                f"{tuple(own.shape)}: expected the same shape"
+                f"tap {a!r} of the teacher gives {tuple(theirs[a].shape)}, {b!r} of the student "
+                f"{tuple(mine.shape)}: expected the same shape; where only widths differ, give an "
+                "`example` call for adapters"
             )
-        return theirs, own
+        return theirs[a], mine
 
     def _call(
         self, batch: Mapping[str, Any], rng: torch.Generator | None
@@ -258,9 +308,29 @@ class NormalizedFeatureDistillation(Objective):
         return self.spoil(batch, rng)
 
 
-def feature_errors(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the mean squared difference of each pair, (n,), in float32 or better."""
-    return torch.stack([(_wide(t.detach()) - _wide(s)).square().mean() for t, s in pairs])
+class NormalizedFeatureDistillation(FeatureDistillation):
+    """As `FeatureDistillation`, with every feature term of comparable size: `PerBatch` if None."""
+
+    normal: Normalizer = PerBatch()
+
+
+def _require(a: str, theirs: Tensor | None, b: str, own: Tensor | None) -> None:
+    if theirs is None or own is None:
+        who, name = ("teacher", a) if theirs is None else ("student", b)
+        raise ValueError(f"tap {name!r} was not called by the {who}: name a layer that runs")
+
+
+def squared(theirs: Tensor, own: Tensor) -> Tensor:
+    """Return the mean squared difference, ()."""
+    return (theirs - own).square().mean()
+
+
+def feature_errors(
+    pairs: Sequence[tuple[Tensor, Tensor]], distance: Distance | None = None
+) -> Tensor:
+    """Return the distance of each pair, (n,), in float32 or better; mean squared if None."""
+    apart = distance or squared
+    return torch.stack([apart(_wide(t.detach()), _wide(s)) for t, s in pairs])
 
 
 def _wide(x: Tensor) -> Tensor:
