@@ -20,7 +20,7 @@ from effuse.ops.stats import paired
 from . import Claim, Evidence, Scale, proof
 
 HELD_OUT = ("Dragonfly", "Picture_1A", "life", "sunset")
-RATE = 1e-3
+RATE = 4e-3  # of 0.5, 1, 2 and 4 thousandths the best for the dense network, on other photographs
 
 
 class Residual(nn.Module):
@@ -76,11 +76,11 @@ def small(x: Tensor) -> Tensor:
 
 
 def psnr(model: nn.Module, truth: Tensor) -> Tensor:
-    """Return the PSNR of each crop in dB, (B,), four pixels of border left out."""
+    """Return the PSNR of each crop in dB, (B,), at most 50, without a border of four pixels."""
     with torch.no_grad():
         out = torch.cat([model(small(part)) for part in truth.split(32)]).clamp(0, 1)
     error = (out - truth)[..., 4:-4, 4:-4].double().square().mean((1, 2, 3))
-    return -10 * error.clamp_min(1e-10).log10()
+    return -10 * error.clamp_min(1e-5).log10()
 
 
 def run(
@@ -182,7 +182,7 @@ def prove(scale: Scale) -> Evidence:
                 found.setdefault((kind, share), []).append(each)
     with torch.no_grad():
         up = F.interpolate(small(truth), scale_factor=2, mode="bicubic").clamp(0, 1)
-    error = (up - truth)[..., 4:-4, 4:-4].double().square().mean((1, 2, 3))
+    error = (up - truth)[..., 4:-4, 4:-4].double().square().mean((1, 2, 3)).clamp_min(1e-5)
     rows.append({"variant": "bicubic", "psnr": float((-10 * error.log10()).mean())})
     return Evidence([*_claims(rows, found, shares)], rows, note)
 
