@@ -126,6 +126,36 @@ def schedulers_table(folder: Path) -> str:
     return "\n".join([*out, "", f"Size {found['size']}. {found['notes']}"])
 
 
+def slimming_table(folder: Path) -> str:
+    """Return the table of all ways to make a network cheaper, a row for each share removed."""
+    found = evidence("slimming", folder)
+    if found is None:
+        return ""
+    heads = (
+        ("score kept", "score_kept", "{:.1%}", 1.0),
+        ("PSNR dB", "psnr_db", "{:.1f}", 1.0),
+        ("Fréchet", "frechet", "{:.3g}", 1.0),
+        ("GMACs", "macs", "{:.2f}", 1e-9),
+        ("M weights", "parameters", "{:.2f}", 1e-6),
+        ("MB", "network_bytes", "{:.2f}", 1e-6),
+        ("time", "time_ratio", "{:.2f}", 1.0),
+        ("healing min", "healing_minutes", "{:.1f}", 1.0),
+    )
+    out = [
+        f"| network | variant | removed | {' | '.join(h for h, *_ in heads)} |",
+        "| --- " * (len(heads) + 3) + "|",
+    ]
+    for row in found["rows"]:
+        of = f"{row['share']:.0%} of {row['share_of']}" if row["share"] else ""
+        cells = [
+            "-" if row.get(key) is None else form.format(row[key] * unit)
+            for _, key, form, unit in heads
+        ]
+        why = f" ({row['note']})" if row.get("score_kept") is None else ""
+        out.append(f"| {row['network']} | {row['variant']}{why} | {of} | {' | '.join(cells)} |")
+    return "\n".join([*out, "", f"Size {found['size']}. {found['notes']}"])
+
+
 def _between(text: str, name: str, filled: str, where: str) -> str:
     """Return `text` with what is between the marks of `name` replaced."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
@@ -142,6 +172,7 @@ def pages(root: Path) -> dict[Path, str]:
     for page, name, filled in (
         (root / "README.md", "methods", readme_table(proofs)),
         (root / "docs" / "solvers.md", "schedulers", schedulers_table(proofs)),
+        (root / "docs" / "compress.md", "slimming", slimming_table(proofs)),
     ):
         out[page] = _between(page.read_text(), name, filled, page.name)
     return out
