@@ -14,15 +14,18 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from effuse.core.contracts import Call
+from effuse.core.contracts import Call, Solver
 from effuse.ops import randn_like
+
+if TYPE_CHECKING:
+    from effuse.bridge.pipeline import Walk
 
 What = int | Sequence[str | int]
 """Prompts, class labels, or how many of a list of our own."""
@@ -246,6 +249,35 @@ def _asked(pipe: Any, what: What, key: str) -> list[Any]:
         known = sorted(set(names.values())) or list(range(config.num_embeds_ada_norm))
         return [known[i * len(known) // what % len(known)] for i in range(what)]
     return list(range(what))
+
+
+def walks(
+    pipe: Any,
+    what: What = 16,
+    *,
+    steps: int = 20,
+    guidance: float | None = None,
+    batch: int = 4,
+    solver: Solver | None = None,
+) -> Callable[[torch.Generator], Walk]:
+    """Return a function that draws a trajectory to sample: `effuse.sample(*draw(rng))`.
+
+    Each has `batch` of the prompts or labels, at random, noise of its own, and the same levels. The
+    arguments are those of `calls_from_pipeline`; solver: DDIM if None.
+    """
+    from effuse.bridge.pipeline import wrap
+
+    model: Any = wrap(pipe)
+    takes = inspect.signature(type(pipe).__call__).parameters
+    key = next((k for k in ("prompt", "class_labels") if k in takes), "batch_size")
+    asked = _asked(pipe, what, key)
+
+    def draw(rng: torch.Generator) -> Walk:
+        pick = torch.randint(len(asked), (batch,), generator=rng).tolist()
+        some: Any = batch if key == "batch_size" else [asked[i] for i in pick]
+        return model.walk(some, solver, steps=steps, guidance=guidance, rng=rng)
+
+    return draw
 
 
 # ---- uniform in t, without guidance

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from effuse.bridge.pipeline import Walk
+from effuse.core import sample
 from effuse.core.contracts import Where, everywhere
 
-from .accounts import Plan
+from .accounts import Accounts, Cost, Plan
 from .base import Cached
-from .keys import Keys, Route, Rule
+from .keys import Keys, Route, Rule, Uniform
 from .levels import Level
 
 
@@ -94,3 +99,123 @@ class Inherited(Cached):
         for cost in list(self.costs.values())[:1]:
             out |= {"macs": plan.macs(steps, cost), "macs_full": steps * cost.full}
         return out
+
+
+class Routed(Inherited):
+    """A network whose parts inherit by a `Route` that was found for it; before that all compute.
+
+    Args:
+        transform: as of `Inherited`.
+        model: to put the gates on.
+        plan: of an earlier one, to bring its parts and route back.
+    """
+
+    def __init__(self, transform: Any, model: nn.Module, plan: Mapping[str, Any] | None = None):
+        if plan is None:
+            super().__init__(transform, model, Uniform(1))
+            return
+        table = plan["route"]
+        rule: Rule = Uniform(1)
+        if table is not None:
+            rule = Route(table["steps"], table["inherits"], tuple(table["levels"]))
+        super().__init__(transform, model, rule, tuple(plan["parts"]))
+
+    @property
+    def route(self) -> Route | None:
+        """The route that is followed; None before there is one."""
+        return self.rule if isinstance(self.rule, Route) else None
+
+    def follow(self, rule: Rule) -> None:
+        """Decide by `rule` from the next run on."""
+        odd = set(rule.inherits) - set(self.parts) if isinstance(rule, Route) else set()
+        if odd:
+            raise ValueError(
+                f"the route names {min(odd)!r}: expected parts of {type(self.model).__name__} at "
+                f"{self.transform.level}"  # type: ignore[attr-defined]
+            )
+        self.rule = rule
+        self.reset()
+
+    def plan(self) -> dict[str, Any]:
+        """Return the parts and the route, as plain data."""
+        route = self.route
+        return {
+            "parts": list(self.parts),
+            "route": route
+            and {
+                "steps": route.steps,
+                "inherits": {part: list(at) for part, at in route.inherits.items()},
+                "levels": list(route.levels),
+            },
+        }
+
+    def report(self) -> dict[str, Any]:
+        """Return the counts of `Cached.report`, and what a run by the route will take.
+
+        inherited_share: of all (step, part) pairs. macs_share: of the multiply-accumulates of a
+        full run, once a call has been observed.
+        """
+        out, route = super().report(), self.route
+        if route is not None:
+            out["inherited_share"] = route.count() / (route.steps * len(self.parts))
+            for cost in list(self.costs.values())[:1]:
+                out["macs_share"] = 1 - route.saved(cost.saved) / (route.steps * cost.full)
+        return out
+
+    @torch.no_grad()
+    def survey(self, walk: Walk) -> tuple[Tensor, tuple[float, ...], Cost]:
+        """Sample in full; return the sample, the timestep of each step and what a call costs.
+
+        Raises:
+            ValueError: the solver calls the network at more levels than it has steps.
+        """
+        seen: dict[int, float] = {}
+
+        def hear(step: int, level: float, part: str, value: Any) -> None:
+            seen.setdefault(step, level)
+
+        calls: list[Any] = []
+
+        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if not calls:
+                calls.append((args, dict(kwargs)))
+
+        hook = self.model.register_forward_pre_hook(note, with_kwargs=True)
+        with self.following(Uniform(1)):
+            self.heard = hear
+            try:
+                x = sample(*walk)
+            finally:
+                self.heard = None
+                hook.remove()
+            steps = len(walk.times) - 1
+            if len(seen) != steps:
+                raise ValueError(
+                    f"{type(walk.solver).__name__} calls the network at {len(seen)} levels in "
+                    f"{steps} steps: expected a solver with one call a step, such as DDIM"
+                )
+            if not self.costs:
+                self.observe(calls)
+        return x, tuple(seen[i] for i in range(steps)), next(iter(self.costs.values()))
+
+    def restart(self) -> None:
+        """Begin to count anew; what calls cost stays known."""
+        costs, self.accounts = self.accounts.costs, Accounts(self.parts)
+        self.accounts.costs = costs
+
+    @contextlib.contextmanager
+    def following(self, rule: Rule) -> Iterator[None]:
+        """Follow another rule, and blend nothing, while inside."""
+        kept, mixture = self.rule, self.mixture
+        self.rule, self.mixture = rule, None
+        self.reset()
+        try:
+            yield
+        finally:
+            self.rule, self.mixture = kept, mixture
+            self.reset()
+
+    def run(self, walk: Walk, route: Rule, seed: int = 0) -> Tensor:
+        """Sample by a route; `seed` is of the noise of a stochastic solver."""
+        with self.following(route):
+            return sample(*walk, rng=torch.Generator().manual_seed(seed))
