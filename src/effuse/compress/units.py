@@ -391,7 +391,7 @@ def _resnet(name: str, block: Any) -> Iterator[Found]:
     yield Found(name, "conv", _at(name, "conv2"), name, take)
 
 
-@register("Attention")
+@register("Attention", "SelfAttention")
 def _residual_attention(name: str, module: Any) -> Iterator[Found]:
     if not getattr(module, "residual_connection", False):
         return
