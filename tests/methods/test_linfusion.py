@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.tiny import tiny_dit, tiny_flux, tiny_sd, tiny_sd3, tiny_unet, tiny_unet_cond
 
+import effuse
 from effuse.compress.rewire import linfusion
 from effuse.compress.rewire.linfusion import LinearizeAttention
 from effuse.core.errors import StoreError
@@ -338,3 +339,55 @@ def test_lora_on_inherited_projections():
     layer = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
     assert hasattr(layer.to_q, "lora_A")
     assert not torch.allclose(run(pipe.unet), before)
+
+
+# ---- larger pictures
+
+
+def test_chunks_and_halves_change_nothing_but_memory():
+    from effuse.evaluate.cost import Peak
+    from effuse.restore.sdedit import SDEdit
+    from effuse.restore.upscale import chunked, upscale
+    from effuse.solvers import DDIM
+
+    pipe = tiny_sd()
+    x = torch.randn(1, 4096, 32)
+    ff = pipe.unet.mid_block.attentions[0].transformer_blocks[0].ff
+    peaks = []
+    with torch.no_grad():
+        whole = ff(x)
+        with chunked(pipe.unet, 300):
+            torch.testing.assert_close(ff(x), whole)
+            with Peak(x.device) as peak:
+                ff(x)
+            peaks.append(peak.bytes)
+        with Peak(x.device) as peak:
+            ff(x)
+        peaks.append(peak.bytes)
+    assert peaks[0] < 0.4 * peaks[1]
+    assert "forward" not in vars(ff)
+    small = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    editor = SDEdit(depth=0.5, levels=4, solver=DDIM())
+    made = [
+        upscale(
+            pipe,
+            small,
+            ["a cat"],
+            (16, 32),
+            editor=editor,
+            guidance=3.0,
+            tokens=tokens,
+            rng=torch.Generator().manual_seed(1),
+        )
+        for tokens in (None, 7)
+    ]
+    torch.testing.assert_close(*made)
+    model = effuse.wrap(pipe).at((16, 32))
+    with torch.no_grad():
+        cond = model.embed(["a cat"], guided=True)
+        large = torch.nn.functional.interpolate(small, (16, 32), mode="bicubic", antialias=True)
+        z = model.codec.encode(large.clamp(0, 1))
+        walked = editor(model.guide(3.0).given(**cond), z, rng=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(
+            made[0], model.codec.decode(walked.x).clamp(0, 1), rtol=1e-3, atol=1e-4
+        )
