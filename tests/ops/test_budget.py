@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effuse.ops import budget
+from effuse.ops.budget import choices
 
 items = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 30)), min_size=1, max_size=11)
 
@@ -100,3 +104,24 @@ def test_large_costs_are_solved_within_the_table():
 def test_bad_input_is_named(values, costs, words):
     with pytest.raises(ValueError, match=words):
         budget.exact(values, costs, 1.0)
+
+
+def test_choices_are_the_best_of_all():
+    rng = torch.Generator().manual_seed(0)
+    errors = torch.rand(3, 4, generator=rng).double().cumsum(1)
+    errors[:, 0] = 0
+    errors[1, 2] = float("inf")
+    gains = [2, 0, 5]
+    best, taken = choices(errors, gains)
+    assert len(best) == 7 * 3 + 1
+    everything = list(itertools.product(range(4), repeat=3))
+    for g in range(len(best)):
+        able = [n for n in everything if sum(k * c for k, c in zip(n, gains, strict=True)) >= g]
+        want = min(sum(float(errors[i, k]) for i, k in enumerate(n)) for n in able)
+        assert float(best[g]) == pytest.approx(want)
+        mine = taken[:, g].tolist()
+        assert sum(k * c for k, c in zip(mine, gains, strict=True)) >= g
+        assert sum(float(errors[i, k]) for i, k in enumerate(mine)) == pytest.approx(want)
+    assert bool((best.diff() >= 0).all())
+    with pytest.raises(ValueError, match="whole numbers"):
+        choices(errors, [1, 2, -1])

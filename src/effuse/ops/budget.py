@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 CELLS = 50_000_000
 """Largest table `exact` fills; beyond it costs are rounded up to a coarser unit."""
@@ -114,6 +115,51 @@ def exhaustive(
             if value > best:
                 best, chosen = value, mask
     return sorted(kept + [i for bit, i in enumerate(free) if chosen >> bit & 1])
+
+
+def choices(errors: Tensor, gains: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return the least total error for each total gain, where each item is taken n times.
+
+    best[g] = min sum_i errors[i, n_i]   subject to   sum_i n_i gains[i] >= g:  a knapsack of
+    multiple choice, exact, by dynamic programming; O(items counts cells) tensor operations.
+
+    Args:
+        errors: (items, counts) of taking item i n times, n = 0, 1, ...; inf where it cannot be.
+        gains: whole numbers, at least 0, a time.
+
+    Returns:
+        best: (cells + 1,) float64, cells the largest total gain; rising, inf where unreachable.
+        taken: (items, cells + 1) the n of each item at each g; -1 where unreachable.
+    """
+    items, counts = errors.shape
+    if len(gains) != items or any(g < 0 or g != int(g) for g in gains):
+        raise ValueError(f"gains={gains!r}: expected {items} whole numbers, at least 0")
+    cells = int(sum(gains)) * (counts - 1)
+    if cells * items > CELLS:
+        raise ValueError(f"{cells} cells for {items} items: expected smaller gains, see `grain`")
+    best = torch.full((cells + 1,), math.inf, dtype=torch.float64)
+    best[0] = 0
+    first = torch.zeros(items, cells + 1, dtype=torch.int16)
+    at = torch.arange(cells + 1)
+    for i, gain in enumerate(gains):
+        new, pick = torch.full_like(best, math.inf), torch.full_like(at, -1)
+        for n in range(counts):
+            shifted = torch.full_like(best, math.inf)
+            shifted[n * gain :] = best[: cells + 1 - n * gain]
+            shifted += errors[i, n].to(best)
+            better = shifted < new
+            new, pick = torch.where(better, shifted, new), torch.where(better, n, pick)
+        best, first[i] = new, pick.to(torch.int16)
+    # at least g: the best of all gains from g on
+    low = best.flip(0).cummin(0)
+    exact_at = cells - low.indices.flip(0)
+    taken = torch.empty(items, cells + 1, dtype=torch.int16)
+    for i in reversed(range(items)):
+        taken[i] = first[i][exact_at]
+        exact_at = (exact_at - taken[i].long() * gains[i]).clamp_min(0)
+    reached = low.values.flip(0)
+    taken[:, ~reached.isfinite()] = -1
+    return reached, taken
 
 
 def floors(

@@ -18,8 +18,9 @@ dict, types and children stay as they are. When it computes, it calls the origin
 key step is bit-exact. Stored values are detached copies.
 
 **Stacked caches.** Each has its own clock and rule. A part that an outer cache inherited around at
-one of its own key steps computes at the next occasion. The costs of one count the other as it
-computes in full.
+one of its own key steps computes at the next occasion, and so does one of the outer cache that at
+its key step met what a cache below inherited in the same module. The costs of one count the other
+as it computes in full.
 
 Python decides at each call, so `torch.compile` of the whole model breaks its graph at every gate.
 In training mode everything computes.
@@ -187,6 +188,10 @@ class Now:
             self.cache.heard(self.step, self.level, part, value)
         before = self.stream.kept.get(part, [])
         self.stream.kept[part] = [(self.level, value), *before][: self.cache.order + 1]
+
+    def forget(self, part: str) -> None:
+        """Let `part` compute at the next occasion."""
+        self.stream.kept.pop(part, None)
 
     def kept(self, part: str) -> Any:
         """Return what was stored, carried on to this level if the cache is of order 1.

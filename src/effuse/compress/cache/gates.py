@@ -44,6 +44,19 @@ class Gate:
                 return self.compute(now, *args, **kwargs)
             return self.inherit(now, *args, **kwargs)
 
+    def keep(self, now: Now, value: Any) -> None:
+        """Keep `value`, unless a cache below inherited in this very module.
+
+        What came out is then no value of this part (of a row that inherits together all but one
+        block adds nothing), so the part computes at the next occasion.
+        """
+        inner = getattr(self.before, "__self__", None)
+        below = inner.cache.now() if isinstance(inner, Gate) and inner.cache else None
+        if below is not None and inner is not None and below.fresh.get(inner.part) is False:
+            now.forget(self.part)
+        else:
+            now.keep(self.part, value)
+
     @property
     def original(self) -> Callable[..., Any]:
         """The forward that the gate stands in for."""
@@ -52,7 +65,7 @@ class Gate:
     def compute(self, now: Now, *args: Any, **kwargs: Any) -> Any:
         """Run the original and keep what later steps inherit: here the whole output."""
         out = self.original(*args, **kwargs)
-        now.keep(self.part, copied(out))
+        self.keep(now, copied(out))
         return out
 
     def inherit(self, now: Now, *args: Any, **kwargs: Any) -> Any:
@@ -125,16 +138,18 @@ class Branch(Gate):
     def compute(self, now: Now, *args: Any, **kwargs: Any) -> Any:
         """Run the original, listening to the last child."""
         out, branch = self._both(args, kwargs)
-        now.keep(self.part, branch.detach())
+        self.keep(now, None if branch is None else branch.detach())
         return out
 
     def blend(self, now: Now, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Join the blended branch with the fresh skip."""
-        _, branch = self._both(args, kwargs)
+        out, branch = self._both(args, kwargs)
+        if branch is None:  # a cache below inherited here
+            return out
         x = args[0] if args else kwargs["hidden_states"]
         return self.join(self.module, x, now.blend(self.part, branch, weight), kwargs)
 
-    def _both(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Tensor]:
+    def _both(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         me, heard = threading.get_ident(), []
 
         def listen(child: nn.Module, given: Any, out: Tensor) -> None:
@@ -146,7 +161,7 @@ class Branch(Gate):
             out = self.original(*args, **kwargs)
         finally:
             hook.remove()
-        return out, heard[-1]
+        return out, heard[-1] if heard else None
 
     def inherit(self, now: Now, *args: Any, **kwargs: Any) -> Any:
         """Join the kept branch with the fresh skip."""
@@ -210,7 +225,7 @@ class Delta(Gate):
         out = self.original(*args, **kwargs)
         if self.last:
             added = self._added(now.held.pop(self.part), out)
-            now.keep(self.part, mapped(added, lambda a: a.detach()))
+            self.keep(now, mapped(added, lambda a: a.detach()))
         return out
 
     def blend(self, now: Now, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
