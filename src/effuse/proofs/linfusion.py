@@ -459,8 +459,8 @@ def _house(scale: Scale) -> Study:
         "(8 steps, guidance 4, names of emoji) to learn from and "
         f"{held} others to judge by, t uniform, a quarter with the empty prompt; at 128 px the "
         f"same pictures enlarged. AdamW as in the paper, {STEPS[scale.size]} steps of 8, learning "
-        f"rate {LR:g} with warm-up and cosine decay, chosen on other seeds. Times are processor time of "
-        "one thread.",
+        f"rate {LR:g} with warm-up and cosine decay, chosen on other seeds. Times are processor "
+        "time of one thread.",
         trained=True,
     )
 
