@@ -29,7 +29,7 @@ SHAPES = {
 OWN = {"pixart": {"use_resolution_binning": False}}  # its bins begin at 256 pixels
 # What cannot be put on a kind of network says so; a name that is missing here must work.
 REFUSED: dict[tuple[str, str], str] = {
-    ("asdm_assembly-Assemble", "sd3"): "expected block 0 to stay",
+    ("koala-Koala", "flux"): "nothing can go",
     ("linfusion-LinearizeAttention", "sd3"): "attends to text and picture jointly",
     ("linfusion-LinearizeAttention", "flux"): "attends to text and picture jointly",
 }

@@ -8,7 +8,7 @@ k-th is held against, and a map says which layer of the teacher a layer of the s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,9 +185,15 @@ def _ordered(model: nn.Module, names: Sequence[str]) -> list[str]:
     return sorted(names, key=place.__getitem__)
 
 
-def everywhere(stage: str) -> bool:
-    """Allow every stage."""
-    return True
+@dataclass(frozen=True)
+class Within:
+    """Stages whose name begins with one of these: `("up_blocks",)` for a UNet's decoder; all."""
+
+    stages: tuple[str, ...] = ("",)
+
+    def __call__(self, stage: str) -> bool:
+        """Return whether the stage is among them."""
+        return stage.startswith(tuple(self.stages))
 
 
 def stage_of(name: str) -> str:
@@ -203,7 +209,7 @@ def pairs(
     *,
     match: Match | None = None,
     layers: Mapping[str, Sequence[int]] | None = None,
-    where: Any = everywhere,
+    where: Callable[[str], bool] = Within(),
     weight: float = 1.0,
 ) -> list[Tap]:
     """Return the taps of a kind for a student with fewer layers and shallower rows of blocks.
@@ -228,7 +234,7 @@ def pairs(
     for name in kind.modules(student):
         # what was pruned away has no parameters and nothing to say
         if where(stage_of(name)) and any(True for _ in student.get_submodule(name).parameters()):
-            partner = _partner(name, teacher, student, match, layers or {})
+            partner = _partner(name, teacher, known, student, match, layers or {})
             if partner not in known:
                 raise ValueError(
                     f"{name!r} of the student stands for {partner!r}, which the teacher does not "
@@ -246,6 +252,7 @@ def pairs(
 def _partner(
     name: str,
     teacher: nn.Module,
+    known: Collection[str],
     student: nn.Module,
     match: Match,
     layers: Mapping[str, Sequence[int]],
@@ -262,7 +269,10 @@ def _partner(
         if part in ROWS:
             mine = name.split(".")[: i + 1]
             count = len(student.get_submodule(".".join(mine)))  # type: ignore[arg-type]
-            size = len(teacher.get_submodule(".".join(parts[: i + 1])))  # type: ignore[arg-type]
+            theirs = ".".join(parts[: i + 1])
+            if theirs not in known:
+                return ".".join(parts)
+            size = len(teacher.get_submodule(theirs))  # type: ignore[arg-type]
             parts[i + 1] = str(match.blocks(size, count)[int(parts[i + 1])])
     return ".".join(parts)
 

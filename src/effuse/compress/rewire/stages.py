@@ -1,8 +1,10 @@
 """Stages of a denoiser and the surgery of assembly: keep some layers of each, drop the rest.
 
 A stage is a block of a UNet (`down_blocks.0`, `mid_block`, `up_blocks.1`), whose layers are pairs
-of residual block and attention, or the row of blocks of a transformer. What comes out is a plain
-diffusers network whose config says how many layers each stage has: it saves and loads anywhere.
+of residual block and attention, or the row of blocks of a transformer. The attention of a layer of
+a UNet is a row of transformer blocks itself, as deep in all layers of a stage. What comes out is a
+plain diffusers network whose config says how many layers each stage has and how deep they are: it
+saves and loads anywhere.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+
+from effuse.compress.units import Nothing, Pass
 
 Kept = Mapping[str, tuple[int, ...]]
 """Indices of the layers that stay, by stage; a stage that is not named stays whole."""
@@ -38,6 +42,17 @@ def stage_sizes(model: nn.Module) -> dict[str, int]:
         for i, block in enumerate(getattr(model, side)):
             sizes[f"{side}.{i}"] = len(block.resnets)
     return sizes
+
+
+def stage_depths(model: nn.Module) -> dict[str, int]:
+    """Return how many transformer blocks each layer of a UNet's stage has, where it has any."""
+    depths: dict[str, int] = {}
+    for name in stage_sizes(model):
+        for attention in getattr(model.get_submodule(name), "attentions", None) or ():
+            row = getattr(attention, ROWS[0], None)
+            if row is not None:
+                depths[name] = len(row)
+    return depths
 
 
 def even_plan(model: nn.Module, keep: float, middle: bool = True) -> dict[str, tuple[int, ...]]:
@@ -138,7 +153,8 @@ def check_plan(model: Any, kept: Kept) -> None:
             raise ValueError(f"{name}: expected at least one layer to stay")
     if any(row in sizes for row in ROWS):
         first = getattr(model, ROWS[0])[0]
-        if hasattr(getattr(first, "norm1", None), "emb") and 0 not in kept.get(ROWS[0], (0,)):
+        own = getattr(getattr(first, "norm1", None), "emb", None) is not None
+        if own and 0 not in kept.get(ROWS[0], (0,)):
             raise ValueError(
                 f"{ROWS[0]}: expected block 0 to stay, the output layer takes its embedding"
             )
@@ -187,15 +203,78 @@ def _fits(stage: str, layer: int, takes: int, comes: int) -> None:
         )
 
 
-def cut(model: Any, kept: Kept) -> list[tuple[Any, str, Any]]:
-    """Drop all other layers, in place, config included; return what `uncut` puts back."""
+def check_depths(model: Any, blocks: Kept) -> None:
+    """Raise `ValueError` unless every layer of a stage can be cut down to these blocks."""
+    depths = stage_depths(model)
+    for name, which in blocks.items():
+        if name not in depths:
+            raise ValueError(
+                f"{name!r} has no transformer blocks: expected one of {', '.join(depths) or 'none'}"
+            )
+        size = depths[name]
+        if not which or list(which) != sorted(set(which)) or not 0 <= which[0] <= which[-1] < size:
+            raise ValueError(
+                f"{name}: blocks {tuple(which)} of {size}: expected rising indices within it"
+            )
+
+
+def _check_whole(model: Any) -> None:
+    """Raise where units are gone: a short config would be built again without knowing of it."""
+    text = model.config.get("cross_attention_dim", None) is not None
+    for name, module in model.named_modules():
+        lost = text and type(module).__name__ == "BasicTransformerBlock" and module.attn2 is None
+        if lost or isinstance(module, (Nothing, Pass)):
+            raise ValueError(
+                f"{name}: a unit was removed there before, by a name that cutting layers changes: "
+                "cut layers first, then remove units"
+            )
+
+
+def origin(name: str, kept: Kept, blocks: Kept) -> str:
+    """Return what a module or tensor of the cut network was called before the cut.
+
+    One to one: two names of the cut network never come from one.
+    """
+    parts = name.split(".")
+    if parts[0] in ROWS:
+        if len(parts) > 1 and parts[0] in kept:
+            parts[1] = str(kept[parts[0]][int(parts[1])])
+        return ".".join(parts)
+    first = 1 if parts[0] == "mid_block" else 2
+    stage = ".".join(parts[:first])
+    if len(parts) <= first + 1:
+        return name
+    if stage in kept and first == 2 and parts[first] in ("resnets", "attentions"):
+        parts[first + 1] = str(kept[stage][int(parts[first + 1])])
+    if stage in blocks and ROWS[0] in parts[:-1]:
+        at = parts.index(ROWS[0]) + 1
+        parts[at] = str(blocks[stage][int(parts[at])])
+    return ".".join(parts)
+
+
+def cut(model: Any, kept: Kept, blocks: Kept | None = None) -> list[tuple[Any, str, Any]]:
+    """Drop all other layers, in place, config included; return what `uncut` puts back.
+
+    Args:
+        model: a diffusers UNet or transformer, no units removed.
+        kept: layers that stay, by stage.
+        blocks: transformer blocks that stay in every layer of a UNet's stage, by stage.
+    """
     check_plan(model, kept)
+    check_depths(model, blocks or {})
+    if any(len(k) < stage_sizes(model)[n] for n, k in kept.items()) or blocks:
+        _check_whole(model)
     old: list[tuple[Any, str, Any]] = [(model, "_internal_dict", model._internal_dict)]
 
     def put(owner: Any, name: str, value: Any) -> None:
         old.append((owner, name, getattr(owner, name)))
         setattr(owner, name, value)
 
+    for name, which in (blocks or {}).items():
+        for attention in model.get_submodule(name).attentions:
+            row = attention.transformer_blocks
+            if len(which) < len(row):
+                put(attention, ROWS[0], nn.ModuleList([row[i] for i in which]))
     for name, layers in kept.items():
         if name == "mid_block":
             if not layers:
@@ -222,7 +301,7 @@ def _counts(model: Any) -> dict[str, Any]:
     if any(row in sizes for row in ROWS):
         return {_COUNTS[row]: sizes[row] for row in ROWS if row in sizes}
     layers = tuple(n for name, n in sizes.items() if name.startswith("down_blocks"))
-    out: dict[str, Any] = {}
+    out = _depths(model)
     if len(set(layers)) == 1:
         out["layers_per_block"] = layers[0]
     elif isinstance(model.config.get("cross_attention_dim", None), (int, tuple, list)):
@@ -234,6 +313,38 @@ def _counts(model: Any) -> dict[str, Any]:
         )
     if "mid_block" not in sizes:
         out["mid_block_type"] = None
+    return out
+
+
+def _depths(model: Any) -> dict[str, Any]:
+    """Return the config entries that say how deep the attention of each stage is.
+
+    One number a down block; that of the last is also the middle's; up blocks mirror them, or are
+    listed in `reverse_transformer_layers_per_block`.
+    """
+    was = model.config.get("transformer_layers_per_block", None)
+    depths = stage_depths(model)
+    if was is None or not depths:
+        return {}
+    count = len(model.down_blocks)
+    listed = [was] * count if isinstance(was, int) else list(was)
+    now = [depths.get(f"down_blocks.{i}", listed[i]) for i in range(count)]
+    middle = depths.get("mid_block", now[-1])
+    if middle != now[-1]:
+        if f"down_blocks.{count - 1}" in depths:
+            raise ValueError(
+                f"{middle} blocks in the middle and {now[-1]} in down_blocks.{count - 1}: the "
+                "config has one number for both; keep as many in each, or drop the middle"
+            )
+        now[-1] = middle
+    backwards = model.config.get("reverse_transformer_layers_per_block", None)
+    up = list(backwards) if backwards is not None else now[::-1]
+    up = [depths.get(f"up_blocks.{i}", up[i]) for i in range(count)]
+    out: dict[str, Any] = {}
+    if now != listed:
+        out["transformer_layers_per_block"] = tuple(now)
+    if up != now[::-1] or backwards is not None:
+        out["reverse_transformer_layers_per_block"] = tuple(up)
     return out
 
 
