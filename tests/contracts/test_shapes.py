@@ -30,6 +30,8 @@ OWN = {"pixart": {"use_resolution_binning": False}}  # its bins begin at 256 pix
 # What cannot be put on a kind of network says so; a name that is missing here must work.
 REFUSED: dict[tuple[str, str], str] = {
     ("koala-Koala", "flux"): "nothing can go",
+    ("asdm_redundancy-GlobalRegional", "sd3"): "attends to text and picture jointly",
+    ("asdm_redundancy-GlobalRegional", "flux"): "attends to text and picture jointly",
     ("linfusion-LinearizeAttention", "sd3"): "attends to text and picture jointly",
     ("linfusion-LinearizeAttention", "flux"): "attends to text and picture jointly",
 }
