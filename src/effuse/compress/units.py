@@ -215,9 +215,11 @@ def units(model: nn.Module, where: Where = everywhere) -> list[Unit]:
     for f in found(model):
         if where(f.name, model.get_submodule(f.name)):
             removal = Removal(model)
-            f.remove(removal)
-            out.append(Unit(f.name, f.kind, removal.freed(), f.tap, f.block))
-            removal.undo()
+            try:
+                f.remove(removal)
+                out.append(Unit(f.name, f.kind, removal.freed(), f.tap, f.block))
+            finally:
+                removal.undo()
     return out
 
 
@@ -235,8 +237,12 @@ def remove(model: nn.Module, names: Iterable[str]) -> Removal:
             f"units ({', '.join(list(known)[:3])}, ...)"
         )
     removal = Removal(model)
-    for name in wanted:
-        known[name].remove(removal)
+    try:
+        for name in wanted:
+            known[name].remove(removal)
+    except BaseException:
+        removal.undo()
+        raise
     return removal
 
 
@@ -446,6 +452,11 @@ def _slice(r: Removal, path: str, half: str, *, shared: bool) -> None:
     if now == half or type(norm).__name__ != "AdaLayerNormZero":
         return
     old, d = norm.linear, norm.linear.out_features // 2
+    if not isinstance(old, nn.Linear):
+        raise ValueError(
+            f"{path}.linear is {type(old).__name__}, which cannot be cut in two: remove layers "
+            "before others are stored in fewer bytes"
+        )
     rows = slice(d, None) if half == "mlp" else slice(None, d)
     with torch.device("meta"):
         linear = nn.Linear(old.in_features, d, bias=old.bias is not None)
