@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from effuse.core.contracts import Call, Solver
+from effuse.core.files import write_whole
 from effuse.ops import randn_like
 
 if TYPE_CHECKING:
@@ -41,35 +43,111 @@ PROMPTS = tuple(
 class Recording(Sequence[Call]):
     """Calls kept while recording, in the order of the calls. In memory, or in a folder.
 
+    A folder takes each call as it comes, one safetensors file, read when asked for: memory holds
+    one at a time. Opened again, it goes on: calls that were seen before are passed over, so the
+    same recording, made again after it was broken off, writes what is missing and nothing else.
+
     Args:
         limit: keep a uniform random choice of this many of all calls (a reservoir); None keeps all.
         seed: of that choice.
-        folder: write each call there as one safetensors file, and read it when asked for.
+        folder: where calls go; None keeps them in memory.
+        about: what is recorded, as plain data; a folder that says otherwise is refused.
+
+    Raises:
+        ValueError: the folder holds another recording, or lacks a call that it should have.
     """
 
-    def __init__(self, limit: int | None = None, seed: int = 0, folder: str | Path | None = None):
+    def __init__(
+        self,
+        limit: int | None = None,
+        seed: int = 0,
+        folder: str | Path | None = None,
+        about: Mapping[str, Any] | None = None,
+    ):
         if limit is not None and limit < 1:
             raise ValueError(f"limit={limit!r}: expected a positive number of calls, or None")
-        self.limit, self.seen = limit, 0
+        self.limit, self.seen, self.known = limit, 0, 0
         self.folder = None if folder is None else Path(folder)
+        self._about = {"limit": limit, "seed": seed, **(about or {})}
         self._rng = torch.Generator().manual_seed(seed)
         self._kept: list[tuple[int, Any]] = []
+        if self.folder is not None and (self.folder / "index.json").exists():
+            self._reopen(self.folder)
+
+    def _reopen(self, folder: Path) -> None:
+        index = json.loads((folder / "index.json").read_text())
+        here = json.loads(json.dumps(self._about))
+        if index["about"] != here:
+            odd = sorted(
+                k for k in {*index["about"], *here} if index["about"].get(k) != here.get(k)
+            )
+            raise ValueError(
+                f"{folder}: holds another recording (differs in {', '.join(odd)}); give another "
+                "folder or remove this one"
+            )
+        for k in range(index["seen"]):
+            slot = self._slot(k)
+            if slot is not None:
+                self._kept[slot:] = [*self._kept[slot + 1 :], (k, self._file(k))]
+        self.known = index["seen"]
+        if missing := [file for _, file in self._kept if not file.exists()]:
+            raise ValueError(f"{missing[0]}: is missing; remove {folder} and record again")
+
+    def _file(self, index: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{index:06d}.safetensors"
+
+    def _slot(self, index: int) -> int | None:
+        """Return the place that call `index` takes, the end if none has to go; None: not kept."""
+        if self.limit is None or len(self._kept) < self.limit:
+            return len(self._kept)
+        slot = int(torch.randint(index + 1, (), generator=self._rng))
+        return slot if slot < self.limit else None
 
     def add(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Take in one call: copied, off the graph, on the CPU."""
         index, self.seen = self.seen, self.seen + 1
-        slot = len(self._kept)
-        if self.limit is not None and slot >= self.limit:
-            slot = int(torch.randint(self.seen, (), generator=self._rng))
-            if slot >= self.limit:
-                return
-            _, old = self._kept.pop(slot)
-            if isinstance(old, Path):
-                old.unlink()
-        call: Any = (tuple(_copy(a) for a in args), {k: _copy(v) for k, v in kwargs.items()})
+        if index < self.known:
+            return
+        slot = self._slot(index)
+        if slot is not None:
+            call: Any = (tuple(_copy(a) for a in args), {k: _copy(v) for k, v in kwargs.items()})
+            if self.folder is not None:
+                call = write_call(call, self._file(index))
+            gone = self._kept[slot : slot + 1]
+            self._kept[slot:] = [*self._kept[slot + 1 :], (index, call)]
+        self.known = self.seen
         if self.folder is not None:
-            call = write_call(call, self.folder / f"{index:06d}.safetensors")
-        self._kept.append((index, call))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            said = json.dumps({"about": self._about, "seen": self.seen})
+            write_whole(self.folder / "index.json", said)
+            if slot is not None:
+                for _, old in gone:
+                    old.unlink()
+
+    def mark(self, runs: int, rng: torch.Generator) -> None:
+        """Note that this many runs are recorded, and where the noise of the next one begins."""
+        if self.folder is None:
+            return
+        from safetensors.torch import save_file
+
+        draft = self.folder / "runs.draft"
+        said = {"runs": str(runs), "seen": str(self.seen)}
+        save_file({"rng": rng.get_state()}, draft, metadata=said)
+        draft.replace(self.folder / "runs.safetensors")
+
+    def resume(self, rng: torch.Generator) -> int:
+        """Return how many runs are recorded already, and set `rng` to where the next one begins."""
+        file = None if self.folder is None else self.folder / "runs.safetensors"
+        if file is None or not file.exists() or not self.known:
+            return 0
+        from safetensors import safe_open
+
+        with safe_open(file, framework="pt") as f:
+            said = f.metadata()
+            rng.set_state(f.get_tensor("rng"))
+        self.seen = int(said["seen"])
+        return int(said["runs"])
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -88,6 +166,7 @@ def record(
     limit: int | None = None,
     seed: int = 0,
     folder: str | Path | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> Iterator[Recording]:
     """Collect the calls of `network` made inside the `with` block; see `Recording`.
 
@@ -95,7 +174,7 @@ def record(
         FloatingPointError: an argument or the output of a call is not finite; names the call, its
             timestep and the argument, or the first layer that gave such values.
     """
-    kept = Recording(limit, seed, folder)
+    kept = Recording(limit, seed, folder, about)
     busy = False
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -187,7 +266,8 @@ def calls_from_pipeline(
         limit: calls kept, a uniform choice; None keeps all.
         seed: of the noise and of that choice.
         batch: pictures sampled at once.
-        folder: where to stream calls to; None keeps them in memory.
+        folder: where to stream calls to; None keeps them in memory. A folder in which the same
+            recording was broken off is taken up at the run where it stopped.
         **more: passed on to the pipeline, such as `height` and `width`.
 
     Raises:
@@ -202,16 +282,20 @@ def calls_from_pipeline(
         given["output_type"] = "np"
     if guidance is not None and "guidance_scale" in takes:
         given["guidance_scale"] = guidance
+    about = {"asked": asked, "batch": batch, **{k: str(v) for k, v in given.items()}}
     rng = torch.Generator().manual_seed(seed)
     shown = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(**{**shown, "disable": True})
     try:
-        with record(network_of(pipe), limit=limit, seed=seed, folder=folder) as kept:
-            for i in range(0, len(asked), batch):
-                part: Any = asked[i : i + batch]
+        network = network_of(pipe)
+        with record(network, limit=limit, seed=seed, folder=folder, about=about) as kept:
+            done = kept.resume(rng)
+            for run in range(done, math.ceil(len(asked) / batch)):
+                part: Any = asked[run * batch : (run + 1) * batch]
                 if key == "batch_size":
                     part = len(part)
                 pipe(**{key: part}, generator=rng, **given)
+                kept.mark(run + 1, rng)
     finally:
         pipe._progress_bar_config = shown
     return kept
