@@ -19,8 +19,9 @@ key step is bit-exact. Stored values are detached copies.
 
 **Stacked caches.** Each has its own clock and rule. A part that an outer cache inherited around at
 one of its own key steps computes at the next occasion, and so does one of the outer cache that at
-its key step met what a cache below inherited in the same module. The costs of one count the other
-as it computes in full.
+its key step met what a cache below inherited in the same module. A cache on pieces of a row that
+one below inherits as a whole is refused; the other way round they stack. The costs of one count
+the other as it computes in full.
 
 Python decides at each call, so `torch.compile` of the whole model breaks its graph at every gate.
 In training mode everything computes.
@@ -49,7 +50,7 @@ from effuse.core.contracts import Applied, Call, Transform
 
 from .accounts import Accounts, Cost, Shape
 from .clock import Clock, forget_ended, level_of
-from .gates import Gate, copied, paired, tensor_bytes
+from .gates import Gate, Watch, copied, paired, tensor_bytes
 from .keys import Rule
 
 CONTROLS = (
@@ -262,6 +263,7 @@ class Cached(Applied):
                 "a Switched"
             )
         self._sample = names[0]
+        _refuse_pieces(self.gates)
         self.finalized = False
         self.mixture: Mixture | None = None
         self.heard: Callable[[int, float, str, Any], None] | None = None
@@ -437,6 +439,22 @@ class Cached(Applied):
 
 
 # ---- small pieces
+
+
+def _refuse_pieces(gates: Sequence[Gate]) -> None:
+    """Raise `ValueError` where gates would lie on some modules of a row that inherits together."""
+    mine = {id(g.module): g.part for g in gates if not isinstance(g, Watch)}
+    for gate in gates:
+        below = getattr(vars(gate.module).get("forward"), "__self__", None)
+        if isinstance(gate, Watch) or not isinstance(below, Gate) or isinstance(below, Watch):
+            continue
+        row = [g for g in below.cache.gates if g.part == below.part] if below.cache else []
+        row = [g for g in row if not isinstance(g, Watch)]
+        if len(row) > 1 and any(mine.get(id(g.module)) != gate.part for g in row):
+            raise ValueError(
+                f"{gate.part!r} is a piece of {below.part!r}, which a cache that is on already "
+                "inherits as one: put that cache on last, or take a level of smaller parts for it"
+            )
 
 
 @functools.lru_cache
