@@ -331,8 +331,9 @@ def notes(sizes: Sizes, lr: Mapping[str, float]) -> str:
     return (
         f"SamVisionEncoder, {sizes.blocks} blocks of width {sizes.width}, trained for "
         f"{sizes.training} steps on canvases of Fashion-MNIST (of rectangles in the smoke size); "
-        f"{sizes.pool} unlabeled canvases, a quarter of them to score on, {2 * sizes.steps} healing "
-        f"steps of 16 in all for every way; learning rates chosen on a seed of its own: {rates}. Mean IoU is of pixel classes, "
+        f"{sizes.pool} unlabeled canvases, a quarter to score on, {2 * sizes.steps} healing "
+        f"steps of 16 in all for every way; learning rates of a seed of its own: {rates}. "
+        "Mean IoU is of pixel classes, "
         "with the head of the original."
     )
 
