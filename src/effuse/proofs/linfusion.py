@@ -32,6 +32,7 @@ from effuse.nn.linear_attention import LinearAttention
 from effuse.ops.stats import bootstrap
 
 from . import Claim, Evidence, Scale, proof
+from ._drawn import both_halves, drawn
 
 ARMS = {
     "full": LinearizeAttention(),
@@ -422,22 +423,13 @@ LR = 1e-3
 def _house(scale: Scale) -> Study:
     import effuse
     from effuse import house
-    from effuse.house import real
     from effuse.house.examples import prompts
 
     pipe: Any = house.load("emoji")
     model = effuse.wrap(pipe)
-    rng = torch.Generator().manual_seed(40)
-    names = [name for name, _ in real.load().names]
     count = scale.pick(4, 24, 64)
-    asked = [names[i] for i in torch.randperm(len(names), generator=rng)[:count].tolist()]
-    clean = torch.cat(
-        [
-            model.sample(asked[i : i + 16], steps=8, guidance=4.0, decode=False, rng=rng)
-            for i in range(0, count, 16)
-        ]
-    )
-    told = [text if i % 4 else "" for i, text in enumerate(asked)]  # both halves of guidance
+    asked, clean = drawn(pipe, count, 40)
+    told = both_halves(asked)
     held = count // 5
     some = {"count": scale.pick(1, 1, 2), "batch": held, "seed": 42}
     with torch.no_grad():
