@@ -594,21 +594,22 @@ def test_alternate_heals_comes_off_and_is_rebuilt(model):
     teacher, before = copy.deepcopy(model), answer(model)
     state = {k: v.clone() for k, v in model.state_dict().items()}
     model.requires_grad_(True)
-    handle = SlimSAM(steps=25).attach(model)
+    handle = SlimSAM(steps=15).attach(model)
     call = call_of(model)
     handle.observe([call])
     raw = float((answer(model) - before).square().mean())
     kept = handle.report()["kept"]
     handle.detach()
     assert torch.equal(answer(model), before)
-    handle = SlimSAM(steps=25).attach(model)
+    handle = SlimSAM(steps=15).attach(model)
+    lr = 1e-3 if handle.widths("embed") else 2e-4  # without a stream there is less to heal
     rng = torch.Generator().manual_seed(0)
-    alternate(handle, [call], [{"call": call}], teacher, lr=1e-3, rng=rng, progress=False)
+    alternate(handle, [call], [{"call": call}], teacher, lr=lr, rng=rng, progress=False)
     assert float((answer(model) - before).square().mean()) < raw
     assert handle.report()["kept"] == pytest.approx(kept, abs=0.05)
     assert handle.report()["parameters"] == parameters(model) < 0.96 * parameters(teacher)
     fresh = copy.deepcopy(teacher)
-    SlimSAM(steps=25).restore(fresh, json.loads(json.dumps(handle.plan())))
+    SlimSAM(steps=15).restore(fresh, json.loads(json.dumps(handle.plan())))
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(answer(fresh), answer(model))
     handle.detach()

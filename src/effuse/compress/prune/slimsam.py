@@ -44,6 +44,7 @@ __all__ = [
     "Slimmed",
     "Taylor",
     "alternate",
+    "heal",
 ]
 
 STAGES = ("embed", "bottleneck")
