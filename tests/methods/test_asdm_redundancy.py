@@ -312,3 +312,19 @@ def test_latencies_time_networks_and_pipelines():
     )
     assert 1.5 < found["thrice"]["network_ms"] / found["once"]["network_ms"] < 6
     assert found["once"]["pipeline_ms"] < 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_networks_stay_half(dtype):
+    model, wide = deep().to(dtype), deep()
+    for m in (model, wide):
+        handle = DropRedundant(cost=Macs(), experts=Removed()).attach(m)
+        handle.remove(["down_blocks.1.resnets.1", "up_blocks.0.resnets.2"])
+        GlobalRegional(window=4).attach(m)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    args, kwargs = call(model)
+    kwargs["encoder_hidden_states"] = kwargs["encoder_hidden_states"].to(dtype)
+    with torch.no_grad():
+        out = model(args[0].to(dtype), args[1], **kwargs)[0]
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), run(wide), rtol=0.1, atol=0.1)

@@ -391,3 +391,17 @@ def test_chunks_and_halves_change_nothing_but_memory():
         torch.testing.assert_close(
             made[0], model.codec.decode(walked.x).clamp(0, 1), rtol=1e-3, atol=1e-4
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_networks_stay_half(dtype):
+    model, wide = tiny_unet_cond().to(dtype), tiny_unet_cond()
+    for m in (model, wide):
+        LinearizeAttention().attach(m)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    args, kwargs = call(model)
+    kwargs["encoder_hidden_states"] = kwargs["encoder_hidden_states"].to(dtype)
+    with torch.no_grad():
+        out = model(args[0].to(dtype), args[1], **kwargs)[0]
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), run(wide), rtol=0.1, atol=0.1)
