@@ -442,6 +442,7 @@ class Harmonized(Routed):
         rng: torch.Generator | None = None,
         progress: bool = True,
         folder: str | Path | None = None,
+        goal: type[StepwiseDenoising] | None = None,
     ) -> Route:
         """Learn a table on trajectories, follow it from now on and return it.
 
@@ -451,6 +452,7 @@ class Harmonized(Routed):
             rng: of the logits and all noise.
             progress: show a bar.
             folder: for checkpoints; a stopped run goes on with a new trajectory.
+            goal: another objective of the same arguments, to compare with.
         """
         how = self.transform
         rng = rng if rng is not None else torch.Generator().manual_seed(0)
@@ -462,7 +464,7 @@ class Harmonized(Routed):
         router = Router(len(levels), self.parts, how.tau, rng).to(walk.x.device)
         wanted = {n: p.requires_grad for n, p in self.model.named_parameters()}
         self.model.requires_grad_(False)
-        goal = StepwiseDenoising(
+        objective = (goal or StepwiseDenoising)(
             self,
             draw,
             router,
@@ -476,7 +478,7 @@ class Harmonized(Routed):
         try:
             self.mixture = router
             done = fit(
-                goal,
+                objective,
                 lambda rng: {},
                 torch.optim.AdamW(router.parameters(), lr=how.lr, weight_decay=0.0),
                 steps=how.iterations,
@@ -497,8 +499,8 @@ class Harmonized(Routed):
         self.learned = {
             "iterations": done.step,
             "seconds": round(done.seconds, 1),
-            "beta": goal.beta,
-            "lambda": goal.weights.tolist(),
+            "beta": objective.beta,
+            "lambda": objective.weights.tolist(),
             "loss": done.history[-1]["loss"] if done.history else None,
             "r_by_step": [round(v, 4) for v in table.mean(1).tolist()],
         }
