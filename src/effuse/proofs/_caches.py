@@ -16,7 +16,7 @@ from effuse.compress.cache.error_budget import Budgeted, ErrorBudget
 from effuse.compress.cache.first_block import FirstBlock
 from effuse.compress.cache.inherited import Routed
 from effuse.compress.cache.keys import BackDense, FrontDense, Keys, Route
-from effuse.compress.cache.levels import Blocks, Layers, Level, Units
+from effuse.compress.cache.levels import Blocks, Layers, Level
 from effuse.compress.rewire.asdm_assembly import Inherit
 from effuse.core import Solver
 from effuse.ops.stats import bootstrap, paired
@@ -96,7 +96,7 @@ class Tried:
 
 def cases(scale: Scale) -> Iterator[Case]:
     """Yield the studies of this size, full runs included."""
-    judged, tuned = tuple(range(scale.pick(1, 2, 3))), (1000,)
+    judged, tuned = tuple(range(scale.pick(1, 2, 4))), (1000,)
     if scale.size == "smoke":
         study = tiny()
 
@@ -109,7 +109,7 @@ def cases(scale: Scale) -> Iterator[Case]:
     from effuse import house
     from effuse.compress.calibrate import walks
 
-    steps, count = 16, scale.pick(0, 2, 4)
+    steps, count = 16, scale.pick(0, 2, 3)
     texts = [p.text for p in house.prompts()]
     asked: dict[str, tuple[Sequence[Any], Sequence[Any], float]] = {
         "emoji-dit": (list(range(0, 10 * count, 10)), list(range(3, 93, 10)), 3.0),
@@ -241,7 +241,7 @@ def budgeted(case: Case, scale: Scale, name: str = "error budget") -> tuple[Trie
     found = []
     for level in (Blocks(0), Layers(deep=None)):
         how = ErrorBudget(
-            level=level, order=1, trajectories=scale.pick(1, 2, 3), tried=scale.pick(2, 4, 8)
+            level=level, order=1, trajectories=scale.pick(1, 2, 3), tried=scale.pick(2, 4, 6)
         )
         handle = how.attach(case.study.network)
         handle.learn(case.draw, rng=torch.Generator().manual_seed(5), progress=False)

@@ -101,8 +101,8 @@ def variants(case: Case, scale: Scale, wide: bool) -> Mapping[str, Tried]:
         level=level,
         penalty=Share(reuse, beta=1e-3, rate=1.0),
         lr=0.2,
-        iterations=steps * scale.pick(2, 8, 18),
-        refresh=steps * scale.pick(1, 4, 6),
+        iterations=steps * scale.pick(1, 8, 15),
+        refresh=steps * scale.pick(1, 4, 5),
         normalized=True,
         proxy=Single(),
     )
