@@ -333,6 +333,17 @@ def test_another_teacher_of_the_same_layout():
         handle.copy_from(tiny_unet_cond())
 
 
+def test_a_teacher_in_half_precision_teaches_a_full_student():
+    student, handle = shortened()
+    half = copy.deepcopy(WHOLE).to(torch.bfloat16)
+    terms = handle.objective(half).loss("student", {"call": call()}).terms
+    exact = handle.objective(copy.deepcopy(WHOLE)).loss("student", {"call": call()}).terms
+    for name, term in terms.items():
+        assert term.dtype == torch.float32
+        torch.testing.assert_close(term, exact[name], rtol=0.1, atol=1e-3)
+    assert student.dtype == torch.float32
+
+
 # ---- adapters
 
 

@@ -163,7 +163,8 @@ class FeatureDistillation(Objective):
     zero gradient, where the student is the teacher (but for the task).
 
     Args:
-        teacher: frozen here, once. Must be another object than the student.
+        teacher: frozen here, once. Must be another object than the student; may be in another
+            precision, calls are in the student's.
         student: learns in place.
         taps: dotted names, the same in both, pairs (teacher's, student's), or `Tap`s with weights
             (`effuse.distill.taps.pairs` makes them); `stages` if None, none if empty.
@@ -227,8 +228,9 @@ class FeatureDistillation(Objective):
     def _adapt(self, example: Call) -> None:
         (args, kwargs), training = example, self.student.training
         self.student.eval()
+        asked = _cast(example, _dtype(self.student), _dtype(self.teacher))
         with listening(self.teacher, [a for a, _ in self.taps]) as theirs:
-            self.teacher(*args, **kwargs)
+            self.teacher(*asked[0], **asked[1])
         with listening(self.student, [b for _, b in self.taps]) as own:
             self.student(*args, **kwargs)
         self.student.train(training)
@@ -252,7 +254,8 @@ class FeatureDistillation(Objective):
         task, output, feature = self.weights
         heard = self.taps if feature else []
         with torch.no_grad(), listening(self.teacher, [a for a, _ in heard]) as theirs:
-            wanted = answer(self.teacher(*args, **kwargs))
+            asked = _cast(call, _dtype(self.student), _dtype(self.teacher))
+            wanted = answer(self.teacher(*asked[0], **asked[1]))
         with listening(self.student, [b for _, b in heard]) as own:
             given = answer(self.student(*args, **kwargs))
         error = (_wide(given) - _wide(wanted)).square().mean()
@@ -331,6 +334,23 @@ def feature_errors(
     """Return the distance of each pair, (n,), in float32 or better; mean squared if None."""
     apart = distance or squared
     return torch.stack([apart(_wide(t.detach()), _wide(s)) for t, s in pairs])
+
+
+def _dtype(model: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+
+
+def _cast(value: Any, was: torch.dtype | None, now: torch.dtype | None) -> Any:
+    """Return a call, or any nest of tensors, with those of dtype `was` in `now`, but timesteps."""
+    if was == now:
+        return value
+    if isinstance(value, Tensor):
+        return value.to(now) if value.dtype == was and value.ndim > 1 else value
+    if isinstance(value, Mapping):
+        return {k: _cast(v, was, now) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_cast(v, was, now) for v in value)
+    return value
 
 
 def _wide(x: Tensor) -> Tensor:
