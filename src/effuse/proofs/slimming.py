@@ -14,11 +14,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from effuse.compress.cache.error_budget import ErrorBudget, Frontier
+from effuse.compress.cache.harmonica import Harmonica, Share, learn_cache
 from effuse.compress.cache.keys import Explicit
 from effuse.compress.cache.levels import Layers
-from effuse.compress.calibrate import calls_from_pipeline, uniform_calls
+from effuse.compress.calibrate import calls_from_pipeline, uniform_calls, walks
+from effuse.compress.healing import heal, own_samples
+from effuse.compress.prune.choose import Macs
+from effuse.compress.prune.ecodiff import EcoDiff
 from effuse.compress.prune.laptop_diff import (
     Criterion,
     LaptopDiff,
@@ -27,9 +32,12 @@ from effuse.compress.prune.laptop_diff import (
     Random,
     Taylor,
 )
+from effuse.compress.prune.members import Budget
+from effuse.compress.prune.slimsam import SlimSAM
 from effuse.compress.rewire.asdm_assembly import Inherit
+from effuse.compress.rewire.asdm_redundancy import DropRedundant
+from effuse.compress.rewire.koala import Koala
 from effuse.core import Applied, Solver, Transform
-from effuse.core.training import fit, warmup_cosine
 from effuse.evaluate import cost
 from effuse.evaluate.quality import FeatureDistance, Frechet, Psnr
 from effuse.ops.stats import paired
@@ -58,11 +66,12 @@ Make = Callable[["Bench", Any, float], Cheaper]
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to remove a share. of: "parameters" or "macs", what the share is of."""
+    """A way to remove a share. of: "parameters" or "macs"; once: it has a share of its own."""
 
     name: str
     of: str
     make: Make
+    once: bool = False
 
 
 @dataclass
@@ -80,8 +89,10 @@ class Bench:
     judge: Any = None
     features: Any = None
     reference: Tensor | None = None
+    told: list[Any] = field(default_factory=list)
     calls: list[Any] = field(default_factory=list)
     first: tuple[Tensor, Tensor] | None = None
+    frontier: Frontier | None = None
     pipe: Any = None
 
     def draw(self, pipe: Any, how: Cheaper, rows: slice | None = None) -> Tensor:
@@ -179,23 +190,60 @@ def fewer(solver: Solver) -> Make:
 
 
 def transformed(
-    build: Callable[[Bench, Any, float], Transform], heal: Callable[[Bench], float] | None = None
+    build: Callable[[Bench, Any, float], Transform], minutes: Callable[[Bench], float] | None = None
 ) -> Make:
     """A transform on the network, observing calibration calls; healed for some minutes if asked."""
 
     def make(bench: Bench, pipe: Any, share: float) -> Cheaper:
         network = cost.denoising_network(pipe)
-        teacher = copy.deepcopy(network) if heal is not None else None
+        teacher = copy.deepcopy(network) if minutes is not None else None
         transform = build(bench, pipe, share)
         handle = transform.attach(network)
         if transform.calibrated:
             handle.observe(bench.calls if transform.targeted else [b["call"] for b in bench.calls])
-        minutes = 0.0
-        if heal is not None and teacher is not None:
-            minutes = healed(bench, pipe, handle, teacher, heal(bench))
-        return Cheaper(DDIM(), bench.steps, [handle], minutes)
+        spent, note = 0.0, ""
+        if minutes is not None and teacher is not None:
+            begun = time.monotonic()
+            batches = own_samples(pipe, bench.told, teacher=teacher, guidance=bench.guidance)
+            drawn = time.monotonic() - begun
+            heal(pipe, handle, teacher, batches, minutes=minutes(bench), progress=False)
+            spent = (time.monotonic() - begun) / 60
+            note = f"healed on {len(bench.told)} samples of its own, drawn in {drawn:.0f} s"
+        return Cheaper(DDIM(), bench.steps, [handle], spent, note)
 
     return make
+
+
+def budgeted(bench: Bench, pipe: Any, share: float) -> Cheaper:
+    """The route of least predicted error that costs at most what is left."""
+    handle = ErrorBudget(tried=1, trajectories=bench.scale.pick(1, 1, 2)).attach(
+        cost.denoising_network(pipe)
+    )
+    if bench.frontier is None:
+        draw = walks(pipe, bench.told, steps=bench.steps, guidance=bench.guidance)
+        handle.learn(draw, rng=torch.Generator().manual_seed(60), progress=False)
+        bench.frontier = handle.frontier
+    assert bench.frontier is not None
+    handle.follow(bench.frontier.at(1 - share)[0])
+    handle.restart()
+    return Cheaper(DDIM(), bench.steps, [handle])
+
+
+def harmonized(bench: Bench, pipe: Any, share: float) -> Cheaper:
+    """A learned route; the share of the cost that inherits is what its penalty steers to."""
+    how = Harmonica(
+        penalty=Share(share), lr=0.1, iterations=bench.scale.pick(2, 20, 200), normalized=True
+    )
+    handle = learn_cache(
+        pipe, bench.told, steps=bench.steps, guidance=bench.guidance, how=how, progress=False
+    )
+    return Cheaper(DDIM(), bench.steps, [handle], note=f"{how.iterations} iterations")
+
+
+def narrowed(bench: Bench, pipe: Any, share: float) -> Transform:
+    """Both widths by the root of what stays, as parameters grow with their product."""
+    side = (1 - share) ** 0.5
+    return SlimSAM(embed=side, bottleneck=side)
 
 
 def layers(criterion: Criterion) -> Callable[[Bench, Any, float], Transform]:
@@ -222,40 +270,40 @@ def inherited(order: int) -> Callable[[Bench, Any, float], Transform]:
     return build
 
 
-def healed(bench: Bench, pipe: Any, handle: Applied, teacher: nn.Module, budget: float) -> float:
-    """Heal on the teacher's answers along its own guided sampling; returns minutes."""
-    objective = handle.objective(teacher)
-    if objective is None:
-        return 0.0
-    begun = time.monotonic()
-
-    def draw(rng: torch.Generator) -> Mapping[str, Any]:
-        return bench.calls[int(torch.randint(len(bench.calls), (), generator=rng))]
-
-    (player,) = objective.players
-    fit(
-        objective,
-        draw,
-        torch.optim.AdamW(objective.parameters_of(player), lr=3e-5, weight_decay=0.0),
-        steps=max(1, round(budget)),
-        rng=torch.Generator().manual_seed(0),
-        schedule=warmup_cosine(),
-        progress=False,
-    )
-    objective.eval()
-    return (time.monotonic() - begun) / 60
-
-
 WAYS: tuple[Contender, ...] = (
     Contender("fewer steps, ddim", "macs", fewer(DDIM())),
     Contender("fewer steps, momentum", "macs", fewer(Momentum())),
     Contender("inherit, order 0", "macs", transformed(inherited(0))),
     Contender("inherit, order 1", "macs", transformed(inherited(1))),
+    Contender("error_budget", "macs", budgeted),
+    Contender("harmonica", "macs", harmonized),
+    Contender(
+        "asdm_redundancy",
+        "macs",
+        transformed(lambda bench, pipe, share: DropRedundant(keep=1 - share, cost=Macs())),
+    ),
     Contender("laptop_diff", "parameters", transformed(layers(OutputError()))),
+    Contender(
+        "laptop_diff, healed",
+        "parameters",
+        transformed(layers(OutputError()), lambda bench: bench.scale.pick(0.02, 1.0, 10.0)),
+    ),
+    Contender(
+        "ecodiff",
+        "parameters",
+        transformed(
+            lambda bench, pipe, share: EcoDiff(Budget(1 - share), steps=bench.scale.pick(2, 10, 60))
+        ),
+    ),
+    Contender("slimsam", "parameters", transformed(narrowed)),
+    Contender("koala, its one plan", "parameters", transformed(lambda *_: Koala()), once=True),
     Contender("layers by magnitude", "parameters", transformed(layers(Magnitude()))),
     Contender("layers by Taylor", "parameters", transformed(layers(Taylor()))),
     Contender("layers at random", "parameters", transformed(layers(Random()))),
 )
+
+
+QUICK = ("fewer steps, ddim", "inherit, order 1", "laptop_diff")
 
 
 # ---- the benches, and what is claimed of them
@@ -275,7 +323,7 @@ def benches(scale: Scale) -> list[Bench]:
         features = EfficientNetFeatures(reference.settings.get("size") or 128)
     except (MissingExtra, FileNotFoundError):
         pass
-    count, steps = scale.pick(2, 8, 32), scale.pick(3, 10, 20)
+    count, steps = scale.pick(2, 16, 32), scale.pick(3, 10, 20)
     out = []
     for name in ("emoji",) if scale.size == "smoke" else ("emoji", "emoji-dit"):
         pipe: Any = house.load(name)
@@ -301,11 +349,12 @@ def benches(scale: Scale) -> list[Bench]:
             None if reference is None else reference.features,
         )
         bench.pipe = pipe
-        told = known if name == "emoji" else [i for _, i in labels]
+        told: list[Any] = known if name == "emoji" else [i for _, i in labels]
+        bench.told = told[: scale.pick(2, 24, 256)]
         bench.calls = list(
             uniform_calls(
                 pipe,
-                told[: scale.pick(2, 24, 96)],
+                bench.told[: scale.pick(2, 24, 96)],
                 count=scale.pick(2, 8, 64),
                 batch=scale.pick(2, 8, 8),
                 steps=scale.pick(2, 8, 15),
@@ -320,12 +369,14 @@ def table(bench: Bench, ways: Sequence[Contender], shares: Sequence[float]) -> l
     """Return a row for the original, then one for every way and share; refusals say why."""
     rows = [bench.row("original", "", 0.0, bench.pipe, Cheaper(DDIM(), bench.steps))]
     for way in ways:
-        for share in shares:
+        for share in shares[:1] if way.once else shares:
             pipe = bench.load()
             cost.denoising_network(pipe).requires_grad_(True)
             try:
                 how = way.make(bench, pipe, share)
                 rows.append(bench.row(way.name, way.of, share, pipe, how))
+                if way.once:
+                    rows[-1]["share"] = 1 - rows[-1]["parameters"] / rows[0]["parameters"]
             except (ValueError, TypeError) as error:
                 rows.append(
                     {
@@ -345,8 +396,9 @@ def prove(scale: Scale) -> Evidence:
     shares = scale.pick((0.3,), (0.3, 0.5), SHARES)
     rows: list[dict[str, Any]] = []
     claims: list[Claim] = []
+    ways = [w for w in WAYS if scale.size != "smoke" or w.name in QUICK]
     for bench in benches(scale):
-        found = table(bench, WAYS, shares)
+        found = table(bench, ways, shares)
         rows += found
         claims += [*_parameters(bench.name, found), *_calls(bench.name, found)]
     return Evidence(
