@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from effuse.compress.units import macs, parameters
 from effuse.core import Solver
 from effuse.core.training import fit, warmup_cosine
 from effuse.distill.features import FeatureDistillation, Normalizer, PerBatch, Plain
-from effuse.distill.taps import SelfAttention, pairs
+from effuse.distill.taps import Tapped
 from effuse.ops.stats import paired
 from effuse.solvers import DDIM
 from effuse.solvers.momentum import Momentum
@@ -95,7 +95,7 @@ class Clinic:
                 self.learned[:count],
                 teacher=self.teacher,
                 guidance=guidance,
-                steps=self.scale.pick(2, 6, 8),
+                steps=self.scale.pick(2, 6, 6),
                 rows=self.scale.pick(2, 16, 16),
                 seed=500,
             )
@@ -168,10 +168,10 @@ class Clinic:
 
 @dataclass(frozen=True)
 class Cure:
-    """A way to heal: batches, features compared (by normalizer), rate, task weight."""
+    """A way to heal: batches, features compared (`None`: of stages) and how, rate, task weight."""
 
     batches: Callable[[Clinic, nn.Module], Draw | None]
-    taps: str = ""
+    taps: Sequence[Tapped] | None = ()
     normalizer: Normalizer = field(default_factory=Plain)
     lr: float = 3e-4
     task: float = 0.0
@@ -184,7 +184,7 @@ def on_policy(clinic: Clinic, student: nn.Module) -> Draw:
     def draw(rng: torch.Generator) -> Mapping[str, Any]:
         if state["count"] % 12 == 0:
             student.eval()
-            state["draw"] = clinic.walk(student, clinic.scale.pick(2, 8, 16), state["count"])
+            state["draw"] = clinic.walk(student, clinic.scale.pick(2, 8, 12), state["count"])
             student.train()
         state["count"] += 1
         return state["draw"](rng)
@@ -194,26 +194,22 @@ def on_policy(clinic: Clinic, student: nn.Module) -> Draw:
 
 RECIPE = "many prompts, guided samples"
 CURES: dict[str, Cure] = {
-    RECIPE: Cure(lambda c, s: c.own(c.scale.pick(2, 32, 256), GUIDANCE)),
+    RECIPE: Cure(lambda c, s: c.own(c.scale.pick(2, 32, 192), GUIDANCE)),
     "few prompts, unguided samples, no empty prompt": Cure(
         lambda c, s: c.own(c.scale.pick(2, 8, 24), 1.0, 0.0)
     ),
-    "few prompts, guided samples": Cure(lambda c, s: c.own(c.scale.pick(2, 8, 24), GUIDANCE)),
     "many prompts, guided samples, no empty prompt": Cure(
-        lambda c, s: c.own(c.scale.pick(2, 32, 256), GUIDANCE, 0.0)
+        lambda c, s: c.own(c.scale.pick(2, 32, 192), GUIDANCE, 0.0)
     ),
-    "real pictures": Cure(lambda c, s: c.real(c.scale.pick(2, 32, 256))),
+    "real pictures": Cure(lambda c, s: c.real(c.scale.pick(2, 32, 192))),
     "states along the original's sampling": Cure(
-        lambda c, s: c.walk(c.teacher, c.scale.pick(2, 16, 96), 0)
+        lambda c, s: c.walk(c.teacher, c.scale.pick(2, 16, 64), 0)
     ),
     "states along its own sampling": Cure(on_policy),
     f"{RECIPE}, stage features": Cure(
-        lambda c, s: c.own(c.scale.pick(2, 32, 256), GUIDANCE), "stages", PerBatch()
+        lambda c, s: c.own(c.scale.pick(2, 32, 192), GUIDANCE), None, PerBatch()
     ),
-    f"{RECIPE}, self-attention": Cure(
-        lambda c, s: c.own(c.scale.pick(2, 32, 256), GUIDANCE), "self-attention"
-    ),
-    f"{RECIPE}, rate 3e-5": Cure(lambda c, s: c.own(c.scale.pick(2, 32, 256), GUIDANCE), lr=3e-5),
+    f"{RECIPE}, rate 3e-5": Cure(lambda c, s: c.own(c.scale.pick(2, 32, 192), GUIDANCE), lr=3e-5),
 }
 
 
@@ -222,16 +218,11 @@ def healed(clinic: Clinic, student: nn.Module, how: Cure, steps: int) -> dict[st
     draw = how.batches(clinic, student)
     if draw is None:
         return None
-    taps: Any = {
-        "": [],
-        "stages": None,
-        "self-attention": pairs(clinic.teacher, student, SelfAttention()),
-    }[how.taps]
     student.requires_grad_(True)
     goal = FeatureDistillation(
         clinic.teacher,
         student,
-        taps,
+        how.taps,
         normalizer=how.normalizer,
         weights=(how.task, 1.0, 1.0),
     )
@@ -276,7 +267,7 @@ def clinic_of(scale: Scale) -> Clinic:
         learned,
         asked[: scale.pick(2, 12, 36)],
         house.clip(),
-        scale.pick(2, 6, 10),
+        scale.pick(2, 6, 8),
         scale,
     )
 
@@ -285,11 +276,11 @@ def slimmed(clinic: Clinic) -> nn.Module:
     """Return a copy without 30 % of its parameters."""
     network = copy.deepcopy(clinic.teacher).requires_grad_(True)
     handle = LaptopDiff(keep=0.7).attach(network)
-    count = clinic.scale.pick(2, 8, 48)
+    count = clinic.scale.pick(2, 8, 32)
     calls = uniform_calls(
         clinic.pipe,
         clinic.learned[:count],
-        count=clinic.scale.pick(1, 2, 4),
+        count=clinic.scale.pick(1, 2, 2),
         batch=clinic.scale.pick(2, 8, 16),
         steps=clinic.scale.pick(2, 6, 8),
         seed=50,
@@ -306,7 +297,7 @@ def prove(scale: Scale) -> Evidence:
     rows = [clinic.row("original", clinic.teacher)]
     base = slimmed(clinic)
     rows.append(clinic.row("30 % fewer parameters, unhealed", base))
-    short, long = scale.pick(1, 6, 40), scale.pick(1, 12, 240)
+    short, long = scale.pick(1, 6, 30), scale.pick(1, 12, 120)
     for what, how in list(CURES.items())[: scale.pick(2, None, None)]:
         student = copy.deepcopy(base)
         took = healed(clinic, student, how, short)
