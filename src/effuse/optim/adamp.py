@@ -1,0 +1,283 @@
+"""Adam and SGD that do not inflate the norms of weights a normalization follows."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effuse.core.errors import check_choice
+from effuse.core.method import method
+
+from .base import Batch, Together, check_adam, denominators, in_range, moments
+
+VIEWS = ("auto", "channel", "layer", "off")
+
+
+def rows(x: Tensor, view: str) -> Tensor:
+    """Return x: (K, *shape), K tensors of one shape, as (K, R, L): a row a channel, or one."""
+    return x.flatten(2) if view == "channel" else x.reshape(len(x), 1, -1)
+
+
+def cosines(x: Tensor, y: Tensor, eps: float) -> Tensor:
+    """Return |<x, y>| / (max(||x||, eps) max(||y||, eps)) over the last axis."""
+    lengths = x.norm(dim=-1).clamp_min(eps) * y.norm(dim=-1).clamp_min(eps)
+    return (x * y).sum(-1).abs() / lengths
+
+
+def tangent(p: Tensor, w: Tensor, eps: float) -> Tensor:
+    """Return p - u <u, p> with u = w / (||w|| + eps), over the last axis."""
+    u = w / (w.norm(dim=-1, keepdim=True) + eps)
+    return p - u * (u * p).sum(-1, keepdim=True)
+
+
+def project(
+    updates: list[Tensor],
+    weights: list[Tensor],
+    grads: list[Tensor],
+    *,
+    delta: float,
+    wd_ratio: float,
+    eps: float,
+    view: str = "auto",
+) -> tuple[list[float], list[str]]:
+    """Take the radial part out of updates of scale-invariant weights, in place.
+
+    A weight counts as scale-invariant in a view, each channel a row or the whole tensor one, where
+    max_r |cos(g_r, w_r)| < delta / sqrt(L), L the length of a row. The channel view is asked first.
+    Tensors of one shape are looked at together.
+
+    Args:
+        updates: a tensor a weight, of two axes or more, changed in place.
+        weights: what is stepped.
+        grads: their gradients, which only the test looks at.
+        delta: how near to orthogonal counts.
+        wd_ratio: what the weight decay of a projected weight is multiplied by.
+        eps: guards the norms.
+        view: "auto"; "channel" or "layer" projects in that view without asking; "off" never.
+
+    Returns:
+        For each weight what its weight decay is multiplied by, and the view that fired or "".
+    """
+    ratios, fired = [1.0] * len(updates), [""] * len(updates)
+    shapes: dict[tuple[int, ...], list[int]] = {}
+    for i, w in enumerate(weights):
+        shapes.setdefault(tuple(w.shape), []).append(i)
+    views = ("channel", "layer") if view == "auto" else () if view == "off" else (view,)
+    for left in shapes.values():
+        w, g = (_stack([part[i] for i in left]) for part in (weights, grads))
+        for name in views:
+            if not left:
+                break
+            wv = rows(w, name)
+            if view == "auto":
+                limit = delta / math.sqrt(wv.shape[-1])
+                hits = (cosines(rows(g, name), wv, eps).amax(-1) < limit).tolist()
+            else:
+                hits = [True] * len(left)
+            chosen = [i for i, hit in enumerate(hits) if hit]
+            if not chosen:
+                continue
+            done = [left[i] for i in chosen]
+            p = rows(_stack([updates[i] for i in done]), name)
+            part = wv if len(chosen) == len(left) else wv[chosen]
+            new = tangent(p, part, eps).reshape(len(done), *w.shape[1:])
+            torch._foreach_copy_([updates[i] for i in done], list(new.unbind()))
+            for i in done:
+                ratios[i], fired[i] = wd_ratio, name
+            rest = [i for i, hit in enumerate(hits) if not hit]
+            left = [left[i] for i in rest]
+            if left:
+                w, g = w[rest], g[rest]
+    return ratios, fired
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+
+
+class Projected(Together):
+    """What AdamP and SGDP share: the projection, and a count of where it fired."""
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]):
+        if not defaults["delta"] >= 0:
+            raise ValueError(f"delta must be at least 0, got {defaults['delta']}")
+        in_range("wd_ratio", defaults["wd_ratio"], 0)
+        super().__init__(params, {**defaults, "projection": "auto"})
+        for group in self.param_groups:
+            check_choice("projection", group["projection"], VIEWS)
+        self._fired: dict[Tensor, str] = {}
+
+    def _project(self, group: dict[str, Any], batch: Batch, updates: list[Tensor]) -> list[float]:
+        """Project in place what has two axes or more; return the share of the decay of each."""
+        ratios = [1.0] * len(updates)
+        wide = [i for i, owner in enumerate(batch.owners) if owner.ndim > 1]
+        if not wide:
+            return ratios
+        found, fired = project(
+            [updates[i] for i in wide],
+            [batch.params[i] for i in wide],
+            [batch.grads[i] for i in wide],
+            delta=group["delta"],
+            wd_ratio=group["wd_ratio"],
+            eps=group["eps"],
+            view=group["projection"],
+        )
+        for i, ratio, name in zip(wide, found, fired, strict=True):
+            ratios[i] = ratio
+            self._fired[batch.owners[i]] = name
+        return ratios
+
+    def fired(self) -> dict[str, int]:
+        """Return how many tensors were projected in the last step: by "channel", "layer", "none".
+
+        Tensors of one axis, which are never projected, are not counted.
+        """
+        counts = Counter(name or "none" for name in self._fired.values())
+        return {name: counts[name] for name in ("channel", "layer", "none")}
+
+
+def _walk(params: list[Tensor], updates: list[Tensor], sizes: list[float]) -> None:
+    """Subtract sizes times updates, in place."""
+    torch._foreach_mul_(updates, sizes)
+    torch._foreach_sub_(params, updates)
+
+
+@method(
+    "adamp",
+    seed=19,
+    paper="AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights",
+    year=2020,
+    buys="an effective step that does not die as norms of normalized weights grow",
+    missing="shapes of weights that a sharding flattens to one axis: they are not projected",
+    example=lambda: AdamP([torch.nn.Parameter(torch.ones(2, 2))]),
+)
+class AdamP(Projected):
+    """Adam whose update loses its radial part where a weight is scale-invariant.
+
+        p = m / (sqrt(v / (1 - b2^t)) + eps)     (nesterov: b1 m + (1 - b1) g above the line)
+        w <- (1 - lr weight_decay ratio) w - lr / (1 - b1^t) P(p)
+    with P and ratio from `project`: for weights where max |cos(g, w)| < delta / sqrt(L), P removes
+    the part along w and ratio is `wd_ratio`; elsewhere P(p) = p and ratio is 1, which is AdamW.
+    A gradient of exact zeros counts as orthogonal, as in the released code.
+
+    A group's key `projection` forces a view ("channel", "layer") or "off"; default "auto".
+    """
+
+    kept = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        delta: float = 0.1,
+        wd_ratio: float = 0.1,
+        nesterov: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+    ):
+        check_adam(lr, betas, eps, weight_decay)
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "delta": delta,
+                "wd_ratio": wd_ratio,
+                "nesterov": nesterov,
+                "foreach": foreach,
+                "maximize": maximize,
+                "capturable": capturable,
+            },
+        )
+
+    def update(self, group: dict[str, Any], batch: Batch) -> None:
+        """Step all tensors of the batch."""
+        b1, b2 = group["betas"]
+        moments(batch, (b1, b2))
+        roots = denominators(batch, b2, group["eps"])
+        above = batch.kept["exp_avg"]
+        if group["nesterov"]:
+            above = list(torch._foreach_lerp(batch.grads, above, b1))
+        updates = list(torch._foreach_div(above, roots))
+        ratios = self._project(group, batch, updates)
+        if group["weight_decay"]:
+            decay = group["lr"] * group["weight_decay"]
+            torch._foreach_mul_(batch.params, [1 - decay * ratio for ratio in ratios])
+        _walk(batch.params, updates, [group["lr"] / c for c in batch.corrections(b1)])
+
+
+@method("adamp", example=lambda: SGDP([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1))
+class SGDP(Projected):
+    """SGD with momentum whose update loses its radial part where a weight is scale-invariant.
+
+        m <- momentum m + (1 - dampening) g;   p = m     (nesterov: g + momentum m)
+        w <- (1 - lr weight_decay ratio / (1 - momentum)) w - lr P(p)
+    with P and ratio as in `AdamP`. The weight decay is decoupled and divided by 1 - momentum: its
+    values are not those of torch's SGD.
+    """
+
+    kept = ("momentum",)
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        eps: float = 1e-8,
+        delta: float = 0.1,
+        wd_ratio: float = 0.1,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+    ):
+        in_range("lr", lr, 0)
+        in_range("momentum", momentum, 0, 1)
+        in_range("eps", eps, 0)
+        in_range("weight_decay", weight_decay, 0)
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "dampening": dampening,
+                "weight_decay": weight_decay,
+                "nesterov": nesterov,
+                "eps": eps,
+                "delta": delta,
+                "wd_ratio": wd_ratio,
+                "foreach": foreach,
+                "maximize": maximize,
+                "capturable": capturable,
+            },
+        )
+
+    def update(self, group: dict[str, Any], batch: Batch) -> None:
+        """Step all tensors of the batch."""
+        mu, buffers = group["momentum"], batch.kept["momentum"]
+        torch._foreach_mul_(buffers, mu)
+        torch._foreach_add_(buffers, batch.grads, alpha=1 - group["dampening"])
+        if group["nesterov"]:
+            updates = list(torch._foreach_add(batch.grads, buffers, alpha=mu))
+        else:
+            updates = [buffer.clone() for buffer in buffers]
+        ratios = self._project(group, batch, updates)
+        if group["weight_decay"]:
+            decay = group["lr"] * group["weight_decay"] / (1 - mu)
+            torch._foreach_mul_(batch.params, [1 - decay * ratio for ratio in ratios])
+        _walk(batch.params, updates, [group["lr"]] * len(updates))

@@ -1,0 +1,128 @@
+"""SGD with momentum at a rate for each tensor, measured once at its first gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effuse.core.method import method
+
+from .base import Batch, Together, in_range
+
+
+def signal_to_noise(grad: Tensor, eps: float = 1e-8) -> float | None:
+    """Return ||g|| / (std(g) + eps), or None where `grad` is zero or not finite.
+
+    The deviation is the unbiased one over all n elements, so the ratio is
+    sqrt(n - 1 + n (mean / std)^2): near sqrt(n), whatever the scale of the gradient. Where it is
+    not defined, for one element or equal elements, it is sqrt(n).
+    """
+    g = grad.flatten().double()
+    norm, n = float(torch.linalg.vector_norm(g)), g.numel()
+    if not math.isfinite(norm) or norm == 0:
+        return None
+    spread = float(g.std()) if n > 1 else 0.0
+    equal = spread <= 1e-7 * norm / math.sqrt(n)  # all elements one number, but for rounding
+    return math.sqrt(n) if equal else norm / (spread + eps)
+
+
+@method(
+    "sgd_sai",
+    seed=13,
+    paper="No More Adam: Learning Rate Scaling at Initialization is All You Need",
+    year=2024,
+    buys="training like AdamW's with half of its state",
+    missing="a scale from the mean of several batches; scales of sharded (DTensor) parameters",
+    example=lambda: SGDSaI([torch.nn.Parameter(torch.ones(2, 2))]),
+)
+class SGDSaI(Together):
+    """SGD with momentum, each tensor at a rate scaled by its first gradient's signal to noise.
+
+    scale = ||g|| / (std(g) + eps) at a tensor's first gradient that is finite and not zero; then
+        m <- momentum m + (1 - momentum) g      (m = g at first)
+        w <- (1 - lr weight_decay) w - lr scale m
+    A tensor whose first gradients are zero (a LoRA factor, a zero convolution) waits, unmoved, and
+    is measured when one arrives. The scale does not depend on the scale of the loss, the step does.
+
+    Args:
+        params: parameters, groups, or named parameters.
+        lr: at least 0.
+        momentum: in [0, 1).
+        eps: beside the deviation, as the released code has it.
+        weight_decay: decoupled, at `lr` itself.
+        max_scale: where given, scales are at most this; not in the paper.
+        foreach, maximize, capturable: see `Together`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        momentum: float = 0.9,
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        max_scale: float | None = None,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+    ):
+        in_range("lr", lr, 0)
+        in_range("momentum", momentum, 0, 1)
+        in_range("eps", eps, 0)
+        in_range("weight_decay", weight_decay, 0)
+        if max_scale is not None and max_scale <= 0:
+            raise ValueError(f"max_scale must be above 0, got {max_scale}")
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "max_scale": max_scale,
+                "foreach": foreach,
+                "maximize": maximize,
+                "capturable": capturable,
+            },
+        )
+
+    kept = ("momentum_buffer",)
+
+    def update(self, group: dict[str, Any], batch: Batch) -> None:
+        """Measure what has no scale yet, then step all that has one."""
+        mu, lr, scales = group["momentum"], group["lr"], []
+        for owner, grad, buffer in zip(
+            batch.owners, batch.grads, batch.kept["momentum_buffer"], strict=True
+        ):
+            state = self.state[owner]
+            if "scale" not in state:
+                scale = signal_to_noise(grad, group["eps"])
+                if scale is not None:
+                    state["scale"] = min(scale, group["max_scale"] or math.inf)
+                    buffer.copy_(grad)
+            scales.append(state.get("scale"))
+        ready = [i for i, scale in enumerate(scales) if scale is not None]
+        if not ready:
+            return
+        params = [batch.params[i] for i in ready]
+        grads = [batch.grads[i] for i in ready]
+        buffers = [batch.kept["momentum_buffer"][i] for i in ready]
+        torch._foreach_lerp_(buffers, grads, 1 - mu)  # of the first gradient with itself: itself
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        steps = torch._foreach_mul(buffers, [-lr * scales[i] for i in ready])
+        torch._foreach_add_(params, steps)
+
+    def scales(self) -> dict[str, float | None]:
+        """Return the scale of each parameter by its name, or place; None before it has one."""
+        found: dict[str, float | None] = {}
+        for group in self.param_groups:
+            names = group.get("param_names") or range(len(found), len(found) + len(group["params"]))
+            for name, p in zip(names, group["params"], strict=True):
+                found[str(name)] = self.state[p].get("scale") if p in self.state else None
+        return found
