@@ -1,0 +1,1 @@
+"""Fewer numbers a layer: weights as products of thin factors, in `effuse.nn.low_rank`."""

@@ -1,0 +1,582 @@
+"""Maestro: ordered low-rank layers, trained so that each may be cut after any component.
+
+from effuse.compress.factorize import maestro
+
+handle = maestro.Maestro(keep=0.5).attach(net)                  # SVD split, nothing is lost yet
+goal = handle.training(maestro.Classes(), lasso=1e-5)
+fit(goal, batches, optimizer, steps=1000)                       # ordered dropout
+goal.shrink(1e-4)                                               # each epoch: drop dead tails
+handle.observe(calls)                                           # ranks for half the products
+maestro.recalibrate(net, calls)                                 # where it has BatchNorm
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from effuse.compress.calibrate import to_device
+from effuse.compress.swap import Swapped, layers_of, owners
+from effuse.core.contracts import Call, Loss, Objective, Transform, Where, everywhere
+from effuse.core.errors import check_fraction, check_whole
+from effuse.core.method import method
+from effuse.nn.low_rank import (
+    LowRank,
+    can_factor,
+    empty_like,
+    factored,
+    full_rank,
+    group_lasso,
+    low_rank_layers,
+    ranks,
+)
+
+__all__ = [
+    "Classes",
+    "Factored",
+    "Independent",
+    "LossOverRanks",
+    "Maestro",
+    "Numbers",
+    "OneLayer",
+    "Sampling",
+    "Task",
+    "allocate",
+    "recalibrate",
+]
+
+
+# ---- which ranks a step runs at
+
+
+class Sampling(ABC):
+    """Draws at which ranks the layers run in a step. A frozen dataclass; its state is a buffer."""
+
+    @abstractmethod
+    def draw(
+        self, full: Sequence[int], kept: Sequence[int], state: Tensor, rng: torch.Generator | None
+    ) -> dict[int, int]:
+        """Return {layer: rank} of the layers that are cut.
+
+        Args:
+            full: ranks at the start.
+            kept: ranks now.
+            state: (1 + sum of full,) int64, zeros at first; changed in place.
+            rng: of the draws.
+        """
+
+
+@dataclass(frozen=True)
+class OneLayer(Sampling):
+    """One layer at one of its ranks, all others whole: all (i, b) once in a cycle, shuffled."""
+
+    def draw(
+        self, full: Sequence[int], kept: Sequence[int], state: Tensor, rng: torch.Generator | None
+    ) -> dict[int, int]:
+        """See `Sampling.draw`. state[0] counts within the cycle, the rest is its order."""
+        total, ends = sum(full), torch.tensor(full).cumsum(0)
+        if not any(kept):
+            return {}
+        while True:
+            at = int(state[0]) % total
+            if at == 0:
+                state[1:] = torch.randperm(total, generator=rng).to(state)
+            state[0] = at + 1
+            pair = int(state[1 + at])
+            i = int(torch.searchsorted(ends, pair, right=True))
+            b = pair - int(ends[i]) + full[i] + 1
+            if b <= kept[i]:
+                return {i: b}
+
+
+@dataclass(frozen=True)
+class Independent(Sampling):
+    """Every layer at a rank of its own, uniform over those it has."""
+
+    def draw(
+        self, full: Sequence[int], kept: Sequence[int], state: Tensor, rng: torch.Generator | None
+    ) -> dict[int, int]:
+        """See `Sampling.draw`; keeps no state."""
+        u = torch.rand(len(kept), generator=rng).tolist()
+        return {i: 1 + min(int(x * r), r - 1) for i, (x, r) in enumerate(zip(u, kept)) if r}
+
+
+# ---- what is learned
+
+
+class Task(ABC):
+    """How answers are judged, and what a whole network teaches a cut one. Frozen dataclass."""
+
+    @abstractmethod
+    def loss(self, answer: Tensor, target: Tensor) -> Tensor:
+        """Return the loss, (); lowest where the answer is the target."""
+
+    @abstractmethod
+    def soft(self, answer: Tensor) -> Tensor:
+        """Return the target that an answer makes."""
+
+
+@dataclass(frozen=True)
+class Numbers(Task):
+    """Mean squared error; a network's answer is the target."""
+
+    def loss(self, answer: Tensor, target: Tensor) -> Tensor:
+        """See `Task.loss`."""
+        return (answer.float() - target.float()).square().mean()
+
+    def soft(self, answer: Tensor) -> Tensor:
+        """See `Task.soft`."""
+        return answer
+
+
+@dataclass(frozen=True)
+class Classes(Task):
+    """Cross entropy of logits (B, C) and classes (B,) or probabilities (B, C)."""
+
+    def loss(self, answer: Tensor, target: Tensor) -> Tensor:
+        """See `Task.loss`."""
+        return F.cross_entropy(answer, target)
+
+    def soft(self, answer: Tensor) -> Tensor:
+        """See `Task.soft`."""
+        return answer.softmax(-1)
+
+
+class LossOverRanks(Objective):
+    """Train all ranks at once: the loss at a drawn rank, and a lasso on the tails.
+
+    L = loss(h(x), y) + loss(h_{i,b}(x), y') + lasso sum_i sum_b (||U^i_{b:}|| + ||V^i_{b:}||)
+
+    The first term is there with `whole`, and y' is then what the whole network answers, without a
+    gradient; without it y' = y. With `sampling` None there is no cut: ordinary training of the
+    factors, of `loss(h(x), y)` and the lasso. A batch is `{"call": (args, kwargs), "target": y}`;
+    given a teacher, y is its answer. On a linear map with white inputs the minimum is the SVD cut
+    at every rank at once.
+
+    Args:
+        student: a network with low-rank layers; learns in place.
+        task: `Numbers` or `Classes`.
+        lasso: the knob to tune, 1e-7 to 1e-3. Weight decay on the factors is a lasso of its own
+            (the nuclear norm): do not use both without looking.
+        sampling: `OneLayer` (the paper's), `Independent`, or None.
+        whole: add the pass of the whole network, which teaches the cut one.
+        teacher: frozen here; None where batches bring targets.
+
+    Raises:
+        ValueError: the student has no low-rank layer, or shares parameters with the teacher.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        task: Task,
+        *,
+        lasso: float = 1e-6,
+        sampling: Sampling | None = OneLayer(),
+        whole: bool = True,
+        teacher: nn.Module | None = None,
+    ):
+        super().__init__()
+        if not 0 <= lasso < math.inf:
+            raise ValueError(f"lasso={lasso!r}: expected a finite number, 0 or more")
+        self.layers = low_rank_layers(student)
+        if not self.layers:
+            raise ValueError(f"{type(student).__name__}: has no low-rank layer; attach Maestro")
+        if teacher is not None:
+            mine = {id(p) for p in student.parameters()}
+            if any(id(p) in mine for p in teacher.parameters()):
+                raise ValueError("teacher and student share parameters: give a copy as the teacher")
+            teacher.eval().requires_grad_(False)
+        self.student, self.teacher, self.task = student, teacher, task
+        self.lasso, self.sampling, self.whole = lasso, sampling, whole
+        self.full = [layer.rank for layer in self.layers.values()]
+        # buffers, so that a run taken up again goes on where it was
+        self.kept: Tensor
+        self.state: Tensor
+        self.register_buffer("kept", torch.tensor([m.kept for m in self.layers.values()]))
+        self.register_buffer("state", torch.zeros(1 + sum(self.full), dtype=torch.int64))
+
+    def train(self, mode: bool = True) -> LossOverRanks:
+        """Set the student's mode; the teacher stays in evaluation mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def loss(
+        self, player: str, batch: Mapping[str, Any], *, rng: torch.Generator | None = None
+    ) -> Loss:
+        """Return the sum, and terms `whole`, `cut` and `lasso`."""
+        kept = self.kept.tolist()
+        for layer, r in zip(self.layers.values(), kept, strict=True):
+            layer.kept = r
+        (args, kwargs), terms = batch["call"], {}
+        target = self._target(batch)
+        if self.whole or self.sampling is None:
+            out = _answer(self.student(*args, **kwargs))
+            terms["whole"] = self.task.loss(out, target)
+            target = self.task.soft(out.detach())
+        if self.sampling is not None:
+            drawn = self.sampling.draw(self.full, kept, self.state, rng)
+            names = list(self.layers)
+            with ranks(self.student, {names[i]: b for i, b in drawn.items()}):
+                out = _answer(self.student(*args, **kwargs))
+            terms["cut"] = self.task.loss(out, target)
+        if self.lasso and any(kept):
+            terms["lasso"] = self.lasso * group_lasso(self.student)
+        return Loss(torch.stack(list(terms.values())).sum(), terms)
+
+    @torch.no_grad()
+    def shrink(self, least: float = 1e-5) -> dict[str, int]:
+        """Drop each layer's tail of importance ||U_{b:}|| ||V_{b:}|| below `least`.
+
+        Returns the ranks that stay, which may be 0: such a layer answers its bias. Call it after
+        each epoch. Nothing is removed physically before `Factored.observe` or `shrink` there.
+        """
+        for k, layer in enumerate(self.layers.values()):
+            layer.kept = int((layer.importance() >= least).sum())
+            self.kept[k] = layer.kept
+        return {n: m.kept for n, m in self.layers.items()}
+
+    def _target(self, batch: Mapping[str, Any]) -> Tensor:
+        if self.teacher is not None:
+            args, kwargs = batch["call"]
+            with torch.no_grad():
+                return self.task.soft(_answer(self.teacher(*args, **kwargs)))
+        if "target" not in batch:
+            raise ValueError("the batch has no `target`: expected one, or a teacher")
+        target: Tensor = batch["target"]
+        return target
+
+
+def _answer(out: Any) -> Tensor:
+    if isinstance(out, Tensor):
+        return out
+    found: Tensor = out.sample if hasattr(out, "sample") else out[0]
+    return found
+
+
+# ---- the transform
+
+
+@method(
+    "maestro",
+    seed=34,
+    paper="Maestro: Uncovering Low-Rank Structures via Trainable Decomposition",
+    year=2024,
+    buys="layers as thin products, cut to any size after one training",
+    missing="Ranks are chosen from the factors' norms and measured multiplications, not by trying "
+    "sizes on data. No schedule of its own: give `fit` one. Grouped convolutions, tied weights and "
+    "layers of other classes stay. Tables on ImageNet and Multi30k are not reproduced.",
+    example=lambda: Maestro(keep=0.5, least=4),
+)
+@dataclass(frozen=True)
+class Maestro(Transform):
+    """Split layers by SVD into ordered components, and keep those worth their multiplications.
+
+    W_b = sum_{i <= b} u_i v_i^T
+
+    `attach` splits at full rank: the same answers to rounding, for more bytes until it is cut.
+    `Factored.training` orders the components; without it they are those of the SVD. `observe`
+    counts each layer's multiplications on the calls and keeps the share asked for, by rising
+    energy (||u_b|| ||v_b||)^2 over the layer's, per multiplication saved. A layer whose factors
+    would cost more than its product becomes dense again; at `keep` = 1 all do.
+
+    keep: share of the multiplications of the layers it touches, in (0, 1].
+    least: layers with fewer in- or outputs stay as they are.
+    where: layers it forbids stay as well.
+    """
+
+    keep: float = 0.5
+    least: int = 32
+    where: Where = everywhere
+    kind = "factorize"
+    calibrated = True
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        check_fraction("keep", self.keep)
+        check_whole("least", self.least, 1)
+
+    def attach(self, model: nn.Module) -> Factored:
+        """Split the layers of `model` at full rank.
+
+        Raises:
+            ValueError: there is none.
+        """
+        held: dict[int, int] = {}
+        for module in model.modules():
+            for p in module._parameters.values():
+                if p is not None:
+                    held[id(p)] = held.get(id(p), 0) + 1
+
+        def wanted(name: str, module: nn.Module) -> bool:
+            if not can_factor(module):
+                return False
+            weight: Any = module.weight
+            tied = held[id(weight)] > 1
+            return min(weight.shape[:2]) >= self.least and not tied and self.where(name, module)
+
+        layers = {name: factored(m) for name, m in layers_of(model, wanted)}
+        if not layers:
+            raise ValueError(
+                f"{type(model).__name__}: no linear or ungrouped convolution layer of at least "
+                f"{self.least} in- and outputs to factorize; lower `least` or widen `where`"
+            )
+        return Factored(self, model, layers)
+
+    def restore(self, model: nn.Module, plan: Mapping[str, Any]) -> Factored:
+        """Put layers of the ranks that `plan` names in place; those of rank None stay dense."""
+        layers = {
+            name: empty_like(model.get_submodule(name), rank)
+            for name, rank in plan["layers"].items()
+            if rank is not None
+        }
+        return Factored(self, model, layers)
+
+
+class Factored(Swapped):
+    """A network with low-rank layers; see `Maestro`."""
+
+    transform: Maestro
+
+    def __init__(self, transform: Maestro, model: nn.Module, layers: Mapping[str, LowRank]):
+        super().__init__(transform, model, layers)
+        self.positions: dict[str, int] = {}
+        self._originals = {n: self._original(n) for n in layers}
+
+    def _original(self, name: str) -> nn.Module:
+        here = owners(self.model, self.layers[name])
+        return next(m for owner, child, m in self._old if (owner, child) == here[0])
+
+    @property
+    def factors(self) -> dict[str, LowRank]:
+        """The layers that are low-rank now."""
+        return {n: m for n, m in self.layers.items() if isinstance(m, LowRank)}
+
+    def training(
+        self,
+        task: Task,
+        *,
+        lasso: float = 1e-6,
+        sampling: Sampling | None = OneLayer(),
+        whole: bool = True,
+    ) -> LossOverRanks:
+        """Return what orders the components, on batches of a `call` and its `target`."""
+        return LossOverRanks(self.model, task, lasso=lasso, sampling=sampling, whole=whole)
+
+    def objective(self, teacher: nn.Module) -> Objective:
+        """Return what heals from `teacher`: its answers at all ranks, or as cut once it is cut."""
+        if self.positions or not self.factors:
+            from effuse.distill.features import NormalizedFeatureDistillation
+
+            return NormalizedFeatureDistillation(teacher, self.model)
+        return LossOverRanks(self.model, Numbers(), teacher=teacher)
+
+    @torch.no_grad()
+    def observe(self, calls: Iterable[Call]) -> None:
+        """Count the layers' multiplications on the calls and cut to the share `keep` of them."""
+        self.count(calls)
+        self.extract(self.transform.keep)
+
+    @torch.no_grad()
+    def count(self, calls: Iterable[Call]) -> None:
+        """Count at how many positions each layer is applied in the calls; cuts nothing."""
+        seen = dict.fromkeys(self.layers, 0)
+
+        def listen(name: str) -> Any:
+            def hook(layer: Any, args: Any, out: Tensor) -> None:
+                dim = 1 if isinstance(layer, nn.Conv2d) or hasattr(layer, "kernel_size") else -1
+                seen[name] += out.numel() // out.shape[dim]
+
+            return hook
+
+        hooks = [m.register_forward_hook(listen(n)) for n, m in self.layers.items()]
+        device = next(self.model.parameters()).device
+        some = False
+        try:
+            for call in calls:
+                args, kwargs = to_device(call, device)
+                self.model(*args, **kwargs)
+                some = True
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not some:
+            raise ValueError("no calls to observe: expected at least one")
+        self.positions = seen
+
+    def extract(self, keep: float) -> dict[str, int | None]:
+        """Cut to the share `keep` of the dense layers' multiplications; returns the ranks.
+
+        None stands for a dense layer. Only ever takes away: extract large sizes before small
+        ones, or from a copy.
+
+        Raises:
+            ValueError: nothing was observed, or even rank 1 everywhere is more than `keep`.
+        """
+        check_fraction("keep", keep)
+        if not self.positions:
+            raise ValueError("multiplications are not counted yet: call count first")
+        names = list(self.factors)
+        chosen = allocate(
+            [self.factors[n].energies() for n in names],
+            [self.factors[n].per_component for n in names],
+            [self.factors[n].dense_cost for n in names],
+            [max(1, self.positions[n]) for n in names],
+            keep,
+            fixed=sum(
+                self.positions[n] * m.weight.numel()
+                for n, m in self.layers.items()
+                if not isinstance(m, LowRank)
+            ),
+        )
+        for name, rank in zip(names, chosen, strict=True):
+            self._put(name, rank)
+        return self.plan()["layers"]  # type: ignore[no-any-return]
+
+    def _put(self, name: str, rank: int | None) -> None:
+        layer = self.factors[name]
+        new: nn.Module = layer
+        if rank is None:
+            original: Any = self._originals[name]
+            dense = layer.dense()
+            tight = {"rtol": 1e-4, "atol": 1e-6 * float(original.weight.detach().abs().max())}
+            same = layer.kept == layer.rank == full_rank(original) and torch.allclose(
+                dense.weight, original.weight, **tight
+            )
+            same = same and (
+                original.bias is None or torch.equal(dense.bias, original.bias)  # type: ignore[arg-type]
+            )
+            new = original if same else dense
+        elif rank < layer.rank:
+            new = layer.cut(rank)
+        for owner, child in owners(self.model, layer):
+            setattr(owner, child, new)
+        self.layers[name] = new
+
+    def plan(self) -> dict[str, Any]:
+        """Return the rank each layer stores, None where it is dense."""
+        return {
+            "layers": {
+                n: m.rank if isinstance(m, LowRank) else None for n, m in self.layers.items()
+            }
+        }
+
+    def report(self) -> dict[str, Any]:
+        """Return counted bytes, ranks, and the share of multiplications at observed sizes."""
+        out = {**super().report(), "ranks": self.plan()["layers"]}
+        if self.positions:
+            cost = {n: p * _cost(self.layers[n]) for n, p in self.positions.items()}
+            whole = {n: p * _dense(self.layers[n]) for n, p in self.positions.items()}
+            out["macs"] = sum(cost.values()) / max(1, sum(whole.values()))
+        return out
+
+    def finalize(self) -> None:
+        """Give the original layers up."""
+        super().finalize()
+        self._originals = {}
+
+
+def _cost(layer: Any) -> int:
+    if isinstance(layer, LowRank):
+        return layer.kept * layer.per_component
+    return int(layer.weight.numel())
+
+
+def _dense(layer: Any) -> int:
+    return layer.dense_cost if isinstance(layer, LowRank) else int(layer.weight.numel())
+
+
+def allocate(
+    energies: Sequence[Tensor],
+    per_component: Sequence[int],
+    dense: Sequence[int],
+    positions: Sequence[int],
+    keep: float,
+    fixed: float = 0.0,
+) -> list[int | None]:
+    """Return the rank of each layer, None for dense, within a share of all multiplications.
+
+    A layer costs positions min((m + n) b, m n). Greedy: again and again the last component goes
+    whose share of its layer's energy is least per multiplication saved. The step from dense to
+    the first rank that is cheaper is one move. Every layer keeps a component.
+
+    Args:
+        energies: (r_i,) of each layer's components, in their order.
+        per_component: m + n of each layer.
+        dense: m n of each layer.
+        positions: how often each is applied.
+        keep: share of sum_i positions dense + `fixed` that may be spent, `fixed` being spent.
+        fixed: multiplications that are spent anyway.
+
+    Raises:
+        ValueError: rank 1 everywhere costs more.
+    """
+    shares = [(e.double() / e.double().sum().clamp_min(1e-300)).tolist() for e in energies]
+    at: list[int | None] = []
+    for share, one, whole in zip(shares, per_component, dense, strict=True):
+        at.append(None if len(share) * one >= whole else len(share))
+    whole_cost = fixed + sum(p * d for p, d in zip(positions, dense, strict=True))
+
+    def cost(i: int, b: int | None) -> int:
+        return positions[i] * (dense[i] if b is None else b * per_component[i])
+
+    def move(i: int) -> tuple[float, int, int] | None:
+        b, share = at[i], shares[i]
+        to = b - 1 if b is not None else min(len(share), (dense[i] - 1) // per_component[i])
+        if to < 1:
+            return None
+        lost = sum(share[to : len(share) if b is None else b])
+        return lost / (cost(i, b) - cost(i, to)), i, to
+
+    spent = fixed + sum(cost(i, b) for i, b in enumerate(at))
+    heap = [m for m in map(move, range(len(at))) if m is not None]
+    heapq.heapify(heap)
+    while spent > keep * whole_cost * (1 + 1e-12):
+        if not heap:
+            raise ValueError(
+                f"keep={keep}: rank 1 everywhere is {spent / whole_cost:.3f} of the "
+                "multiplications already; keep more"
+            )
+        _, i, to = heapq.heappop(heap)
+        spent -= cost(i, at[i]) - cost(i, to)
+        at[i] = to
+        again = move(i)
+        if again is not None:
+            heapq.heappush(heap, again)
+    return at
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, calls: Iterable[Call]) -> int:
+    """Measure BatchNorm statistics anew on calls of the size as it is; returns the layers.
+
+    Means and variances are averages over the calls, each counted once. Other norms need nothing.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in norms if m.track_running_stats]
+    before = [(m, m.training, m.momentum) for m in norms]
+    modes = {m: m.training for m in model.modules()}
+    try:
+        model.eval()
+        for m in norms:
+            m.reset_running_stats()
+            m.momentum = None  # a cumulative average
+            m.train()
+        for args, kwargs in calls:
+            model(*args, **kwargs)
+    finally:
+        for m, _, momentum in before:
+            m.momentum = momentum
+        for m, mode in modes.items():
+            m.training = mode
+    return len(norms)
