@@ -9,7 +9,17 @@ import sys
 
 import pytest
 import torch
-from tests.tiny import tiny_dit, tiny_dit_pipe, tiny_sd, tiny_unet
+from tests.tiny import (
+    tiny_ddpm,
+    tiny_dit,
+    tiny_dit_pipe,
+    tiny_flux,
+    tiny_pixart_pipe,
+    tiny_sd,
+    tiny_sd3,
+    tiny_sdxl,
+    tiny_unet,
+)
 from torch import nn
 
 from effuse.bridge import store
@@ -30,7 +40,7 @@ from effuse.compress.cache.harmonica import (
     learn_cache,
 )
 from effuse.compress.cache.keys import Route, Uniform
-from effuse.compress.calibrate import walks
+from effuse.compress.calibrate import network_of, walks
 from effuse.core import Denoiser, sample
 from effuse.evaluate.cost import CountMacs
 from effuse.ops import randn_like
@@ -524,3 +534,45 @@ def test_trajectories_of_a_pipeline_share_levels_and_differ_in_noise():
 def test_bad_input_says_what_was_expected(make, kind, message):
     with pytest.raises(kind, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "what", "more"),
+    [
+        (tiny_sdxl, ["a cat"], {}),
+        (tiny_sd3, ["a cat"], {}),
+        (tiny_flux, ["a cat"], {"height": 16, "width": 16}),
+        (tiny_pixart_pipe, ["a cat"], {"use_resolution_binning": False}),
+        (tiny_ddpm, 1, {}),
+    ],
+    ids=["sdxl", "sd3", "flux", "pixart", "ddpm"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_it_learns_on_every_family_in_single_and_half_precision(make, what, more, dtype):
+    if dtype == torch.bfloat16 and make is not tiny_sd3:
+        pytest.skip("one family shows it")
+    pipe = make()
+    pipe.to(dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    handle = Harmonica(penalty=Share(0.3), iterations=4, lr=0.5, refresh=2).attach(network_of(pipe))
+    size = 16 if "height" in more else None
+    route = handle.learn(walks(pipe, what, steps=3, batch=1, size=size), progress=False)
+    assert route.count() > 0
+    # the stock pipeline, with its own scheduler, is on the same schedule and follows the route
+    asked = {"batch_size": what} if what == 1 else {"prompt": what}
+    rng = torch.Generator().manual_seed(0)
+    form = "np" if what == 1 else "latent"
+    out = pipe(**asked, num_inference_steps=3, generator=rng, output_type=form, **more).images
+    assert torch.as_tensor(out).isfinite().all()
+    assert handle.report()["parts_inherited"] == route.count()
+    handle.detach()
+
+
+def test_a_stopped_learning_leaves_the_network_as_it_was():
+    pipe = tiny_dit_pipe()
+    plain = pictures(pipe, [1])
+    how = Harmonica(penalty=Share(0.5), iterations=3)
+    with pytest.raises(ValueError, match="one step"):
+        learn_cache(pipe, [1], steps=1, batch=1, how=how, progress=False)
+    assert torch.equal(pictures(pipe, [1]), plain)
+    assert all(p.requires_grad for p in pipe.transformer.parameters())

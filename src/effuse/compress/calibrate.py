@@ -343,11 +343,13 @@ def walks(
     guidance: float | None = None,
     batch: int = 4,
     solver: Solver | None = None,
+    size: int | tuple[int, int] | None = None,
 ) -> Callable[[torch.Generator], Walk]:
     """Return a function that draws a trajectory to sample: `effuse.sample(*draw(rng))`.
 
     Each has `batch` of the prompts or labels, at random, noise of its own, and the same levels. The
-    arguments are those of `calls_from_pipeline`; solver: DDIM if None.
+    arguments are those of `calls_from_pipeline`; solver: DDIM if None; size: (height, width) in
+    pixels, the pipeline's own if None.
     """
     from effuse.bridge.pipeline import wrap
 
@@ -359,7 +361,7 @@ def walks(
     def draw(rng: torch.Generator) -> Walk:
         pick = torch.randint(len(asked), (batch,), generator=rng).tolist()
         some: Any = batch if key == "batch_size" else [asked[i] for i in pick]
-        return model.walk(some, solver, steps=steps, guidance=guidance, rng=rng)
+        return model.walk(some, solver, steps=steps, guidance=guidance, rng=rng, size=size)
 
     return draw
 
