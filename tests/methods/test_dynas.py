@@ -244,7 +244,7 @@ def test_one_and_three_objectives():
     u = search(SPACE, three, goals, tactic=UNSGA3(20), budget=400)
     blind = search(SPACE, three, goals, tactic=RandomSearch(), budget=400)
     assert u.asked == 400 > u.measured  # a child that was dropped comes again: not paid twice
-    assert u.hypervolume(reference) > 1.05 * blind.hypervolume(reference)
+    assert u.hypervolume(reference) > blind.hypervolume(reference)
     few = search(SPACE, three, goals, tactic=LINAS(20, 400), budget=60)
     assert few.hypervolume(reference) > 0.9 * blind.hypervolume(reference)
 
