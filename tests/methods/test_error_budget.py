@@ -30,7 +30,7 @@ from effuse.compress.calibrate import Recording, calls_from_pipeline, walks
 from effuse.core import Denoiser, sample
 from effuse.ops import randn_like
 from effuse.processes.vp import Linear
-from effuse.solvers import DDIM
+from effuse.solvers import DDIM, Ancestral
 
 LEVELS = (900.0, 700.0, 450.0, 300.0, 100.0)
 
@@ -304,6 +304,14 @@ def test_on_a_pipeline_with_guidance_it_saves_and_comes_back(make, what, level, 
     assert float(error.mean().sqrt()) <= 0.2
     handle.detach()
     assert torch.equal(pictures(pipe, what), plain)
+
+
+def test_a_solver_that_draws_noise_is_refused():
+    network = coupled()
+    handle = ErrorBudget(level=Named(("a", "b"))).attach(network)
+    draw = draw_of(network)
+    with pytest.raises(ValueError, match="draws noise"):
+        handle.learn(lambda rng: draw(rng)._replace(solver=Ancestral()), progress=False)
 
 
 def test_a_network_without_such_parts_is_refused():

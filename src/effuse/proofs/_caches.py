@@ -96,7 +96,7 @@ class Tried:
 
 def cases(scale: Scale) -> Iterator[Case]:
     """Yield the studies of this size, full runs included."""
-    judged, tuned = tuple(range(scale.pick(1, 2, 4))), (1000,)
+    judged, tuned = tuple(range(scale.pick(1, 2, 3))), (1000,)
     if scale.size == "smoke":
         study = tiny()
 
@@ -241,7 +241,7 @@ def budgeted(case: Case, scale: Scale, name: str = "error budget") -> tuple[Trie
     found = []
     for level in (Blocks(0), Layers(deep=None)):
         how = ErrorBudget(
-            level=level, order=1, trajectories=scale.pick(1, 2, 3), tried=scale.pick(2, 4, 6)
+            level=level, order=1, trajectories=scale.pick(1, 1, 2), tried=scale.pick(2, 4, 6)
         )
         handle = how.attach(case.study.network)
         handle.learn(case.draw, rng=torch.Generator().manual_seed(5), progress=False)

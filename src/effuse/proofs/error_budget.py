@@ -79,7 +79,7 @@ def promises(
     claims: list[Claim] = []
     rows: list[dict[str, Any]] = []
     again = handle.transform.restore(case.study.network, {"parts": handle.parts, "route": None})
-    walks = [case.draw(torch.Generator().manual_seed(900 + k)) for k in range(scale.pick(2, 6, 12))]
+    walks = [case.draw(torch.Generator().manual_seed(900 + k)) for k in range(scale.pick(2, 4, 8))]
     full = [again.run(walk, Uniform(1)) for walk in walks]
     again.observe([case.study.call()])
     cost = next(iter(again.costs.values()))

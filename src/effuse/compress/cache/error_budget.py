@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -216,6 +217,11 @@ class Budgeted(Routed):
         how = self.transform
         rng = rng if rng is not None else torch.Generator().manual_seed(0)
         some = [draw(rng) for _ in range(how.trajectories)]
+        if some[0].solver.stochastic:
+            raise ValueError(
+                f"{type(some[0].solver).__name__} draws noise at each step: expected a solver "
+                "without, such as DDIM; the route is then good for any of the same levels"
+            )
         with _bar(how.trajectories + how.tried, progress) as tick:
             frontier, full = self._measure(some, folder, tick)
             ends = torch.linspace(1, frontier.least, how.tried + 1, dtype=torch.float64)
@@ -276,15 +282,14 @@ class Budgeted(Routed):
         ends = []
         for number, walk in enumerate(some):
             where = None if folder is None else Path(folder) / f"{number:04d}"
-            points: list[Any] = []
-            outs: list[Tensor] = []
+            points: list[_Point] = []
             full, levels, cost = self.survey(walk)
             digest = hashlib.blake2b(full.cpu().numpy().tobytes(), digest_size=16).hexdigest()
             values = Recording(folder=where, about={"sample": digest, "parts": list(self.parts)})
-            self._listen(walk, values, points, outs)
+            self._listen(walk, values, points)
             gram = grams(values, self.parts)
             ends.append(full)
-            gains = self._gains(walk, full, gram, points, outs, len(levels))
+            gains = self._gains(walk, full, gram, points)
             error = carried_errors(gram, torch.tensor(levels), self.transform.order)
             error = error * gains[:, None, None, :]
             total = error if total is None else total + error
@@ -294,59 +299,73 @@ class Budgeted(Routed):
         whole = cost.full * len(levels)
         return Frontier.of(total / len(some), self.parts, levels, saved, whole), ends
 
-    def _listen(self, walk: Walk, values: Recording, points: list[Any], outs: list[Tensor]) -> None:
-        """Sample in full; note the values of parts, and what the denoiser was asked and said."""
+    def _listen(self, walk: Walk, values: Recording, points: list[_Point]) -> None:
+        """Sample in full; note the values of parts, and where each step began and what it heard."""
         now: dict[str, Any] = {}
+        states = [walk.solver.init(walk.x)]
 
         def hear(step: int, level: float, part: str, value: Any) -> None:
             now[part] = mapped(value, lambda a: a.detach().clone())
 
         def after(module: nn.Module, args: Any, out: Any) -> None:
             values.add((), dict(now))
-            points.append((args[0].clone(), args[1]))
-            outs.append(out.noise)
+            points.append(_Point(args[0].clone(), args[1], states[-1], out.noise))
             now.clear()
+
+        def stepped(index: int, s: Tensor, step: Any) -> None:
+            states.append(step.state)
 
         hook = walk.denoiser.register_forward_hook(after)
         with self.following(Uniform(1)):
             self.heard = hear
             try:
-                sample(*walk)
+                sample(*walk, on_step=stepped)
             finally:
                 self.heard = None
                 hook.remove()
 
-    def _gains(
-        self,
-        walk: Walk,
-        full: Tensor,
-        gram: Tensor,
-        points: list[Any],
-        outs: list[Tensor],
-        steps: int,
-    ) -> Tensor:
+    def _gains(self, walk: Walk, full: Tensor, gram: Tensor, points: list[_Point]) -> Tensor:
         """Return g, (parts, steps): squared move of the final sample a squared error of the part.
 
         g_pt = (final error / error of the prediction)_t, with all parts one step old, times
         (error of the prediction / error of the part)_pt, with part p alone one step old.
         """
-
-        def moved(t: int, parts: tuple[str, ...]) -> float:
-            with self.following(Route(2, dict.fromkeys(parts, (1,)))):
-                walk.denoiser(*points[t - 1])
-                out = walk.denoiser(*points[t]).noise
-            return float((out - outs[t]).double().square().sum())
-
+        steps = len(points)
         gains = torch.zeros(len(self.parts), steps, dtype=torch.float64)
         for t in range(1, steps):
-            alone = Route(steps, dict.fromkeys(self.parts, (t,)))
-            end = float(off(self.run(walk, alone), full).mean())
-            together = moved(t, self.parts)
+            moved, end = self._moved(walk, points, t, self.parts), self._end(walk, points, t)
+            far = float(off(end, full).mean())
             for k, part in enumerate(self.parts):
                 drift = gram[k, t, t] - 2 * gram[k, t, t - 1] + gram[k, t - 1, t - 1]
-                if together > 0 and float(drift) > 1e-12 * float(gram[k, t, t]):
-                    gains[k, t] = end / together * moved(t, (part,)) / float(drift)
+                if moved > 0 and float(drift) > 1e-12 * float(gram[k, t, t]):
+                    alone = self._moved(walk, points, t, (part,))
+                    gains[k, t] = far / moved * alone / float(drift)
         return gains
+
+    def _moved(self, walk: Walk, points: list[_Point], t: int, parts: tuple[str, ...]) -> float:
+        """Return the squared error of the prediction at step t where parts are one step old."""
+        with self.following(Route(2, dict.fromkeys(parts, (1,)))):
+            walk.denoiser(points[t - 1].x, points[t - 1].t)
+            out = walk.denoiser(points[t].x, points[t].t).noise
+        return float((out - points[t].noise).double().square().sum())
+
+    def _end(self, walk: Walk, points: list[_Point], t: int) -> Tensor:
+        """Return the final sample where all parts are one step old at step t, and only there."""
+        x, state = points[t].x, points[t].state
+        with self.following(Route(len(points) - t + 1, dict.fromkeys(self.parts, (1,)))):
+            walk.denoiser(points[t - 1].x, points[t - 1].t)
+            for now, then in pairwise(walk.times[t:]):
+                x, state = walk.solver.step(walk.denoiser, x, now, then, state)
+        return x
+
+
+class _Point(NamedTuple):
+    """Where a step of a full trajectory began, and the noise that was predicted there."""
+
+    x: Tensor
+    t: Any
+    state: Any
+    noise: Tensor
 
 
 # ---- the sums that routes are chosen by

@@ -184,7 +184,7 @@ class Routed(Inherited):
         with self.following(Uniform(1)):
             self.heard = hear
             try:
-                x = sample(*walk)
+                x = sample(*walk, rng=torch.Generator().manual_seed(0))
             finally:
                 self.heard = None
                 hook.remove()
