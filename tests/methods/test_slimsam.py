@@ -170,6 +170,19 @@ def test_bottlenecks_without_channels_are_as_with_zeros(model):
     assert torch.equal(answer(model), before)
 
 
+def test_narrowed_attention_is_one_function_under_both_processors():
+    """One divides by the square root of the head's width, the other uses the module's scale."""
+    from diffusers.models.attention_processor import AttnProcessor
+
+    model = tiny_dit()
+    found = [w for w in widths(model) if w.kind in ("qk", "v")]
+    narrow(model, found, {w.name: some(w, w.size // 2) for w in found})
+    fused = answer(model)
+    for block in model.transformer_blocks:
+        block.attn1.set_processor(AttnProcessor())
+    torch.testing.assert_close(answer(model), fused, rtol=1e-4, atol=1e-5)
+
+
 def test_channels_that_are_zero_can_go(model):
     """A pruned channel of which all weights are zero leaves the function as it was."""
     split(model)
