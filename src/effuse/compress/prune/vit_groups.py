@@ -8,6 +8,9 @@ A width is a number of channels that several tensors share:
   relative positions), and those of values. A position goes in every head at once.
 - "mlp": hidden channels of one feed-forward layer; both halves of a GEGLU move together.
 
+Groups of `effuse.compress.groups` are members in one piece of one branch, such as whole heads, and
+cut exactly. Here a channel is strided through heads and tensors, and a stream's norms change.
+
 Found by the type of a module, never by a path; `register` adds a type. SAM's attention holds q, k
 and v in one tensor; `split` makes three of it, so that they may differ.
 """
