@@ -317,3 +317,18 @@ def test_diagnose_prints_residual_and_gap(folder):
     assert "ODE to SDE" in said
     wrong = runner.invoke(app, ["diagnose", str(folder), "--levels", "0.3,2"])
     assert "expected numbers in (0, 1)" in str(wrong.exception)
+
+
+def test_search_writes_its_front_and_goes_on(folder, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "found"
+    words = ("search", folder, "--out", out, "--trials", 2, "--pictures", 2, "--steps", 2)
+    said = run(*words, "--budget", "macs<50x")
+    assert "original" in said
+    front = json.loads((out / "front.json").read_text())
+    assert front["measured"] == 2
+    assert len(list((out / "recipes").glob("*.yaml"))) == len(front["front"]) >= 1
+    assert "0 measured" in run(*words, "--budget", "macs<50x")
+    monkeypatch.setattr(sys, "argv", ["effuse", *map(str, words), "--budget", "size=3"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "expected a metric, < or >" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from .editing import edit, restore
 from .judging import diagnose, likelihood
 from .knowing import methods, prove
 from .sampling import sample
+from .searching import search
 from .slimming import compare, recipes, slim, train
 
 app = typer.Typer(
@@ -24,7 +25,8 @@ app = typer.Typer(
     add_completion=False,
 )
 _COMMANDS = (
-    slim, recipes, sample, edit, restore, compare, likelihood, diagnose, train, methods, prove,
+    slim, recipes, search, compare, sample, edit, restore,
+    likelihood, diagnose, train, methods, prove,
 )  # fmt: skip
 for command in _COMMANDS:
     app.command()(command)
