@@ -2,7 +2,8 @@
 
 Errors are || z_0' - z_0 ||^2 / || z_0 ||^2 of last samples from the same noise, on prompts and
 noise that nothing was learnt or chosen on. Every criterion may cut by layer or by kind: whichever
-is better on noise and prompts of its own, which are not the judge's.
+is better on noise and prompts of its own, which are not the judge's. Steps are whole: the fewer
+that cost at most as much cost less, and the rows say by how much.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def prove(scale: Scale) -> Evidence:
     return Evidence(
         [*claims, *made],
         [*rows, *found],
-        "z_0 of 6 DDIM steps, guidance 4; learnt on other prompts than judged. Members are heads "
+        f"z_0 of {benches[0].study.steps} DDIM steps, guidance 4; learnt on other prompts than "
+        "judged. Members are heads "
         "and neurons. Single answers: the same masks, as many updates, a walk's worth of calls an "
         "update. Fewer steps: as many as cost at most what the network with masks costs.",
     )
@@ -145,7 +147,7 @@ def _learnt(bench: Bench, scale: Scale) -> dict[str, Masked]:
     for what, worth in {
         "magnitude": Magnitude(),
         "Taylor": Taylor(),
-        **{f"random {k}": Random(k) for k in range(scale.pick(1, 1, 2))},
+        **{f"random {k}": Random(k) for k in range(scale.pick(1, 3, 3))},
     }.items():
         handle = bench.how.attach(network)
         handle.logits = worth.scores(network, handle.groups, calls)
@@ -335,17 +337,19 @@ def _house(scale: Scale) -> list[Bench]:
         tuned = every[3::4][: scale.pick(2, 2, 4)]
         told = [p for i, p in enumerate(every) if i % 2 == 0][:16]
         steps = scale.pick(3, 4, 6)
-        count = scale.pick(2, 4, 24)
-        calls = partial(uniform_calls, pipe, told, count=count, batch=4, steps=steps, seed=50)
+        count = scale.pick(2, 8, 24)
+        calls = partial(
+            uniform_calls, pipe, told, count=count, batch=scale.pick(2, 2, 4), steps=steps, seed=50
+        )
         score = partial(_score, house.clip(), wrap(pipe), [texts[a] for a in judged])
         how = EcoDiff(
             beta=BETA,
-            samples=scale.pick(2, 4, 12),
-            steps=scale.pick(2, 8, 30),
+            samples=scale.pick(2, 8, 12),
+            steps=scale.pick(2, 20, 30),
             accumulate=1,
             rates={"heads": RATE, "neurons": RATE},
         )
-        draw = walks(pipe, told, steps=steps, batch=2, guidance=4.0)
+        draw = walks(pipe, told, steps=steps, batch=scale.pick(1, 1, 2), guidance=4.0)
         study = of_pipeline(f"house:{name}", pipe, judged, 4.0, steps)
         tuning = of_pipeline(f"house:{name}", pipe, tuned, 4.0, steps)
         network.requires_grad_(False)
