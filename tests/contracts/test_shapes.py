@@ -32,6 +32,9 @@ REFUSED: dict[tuple[str, str], str] = {
     ("koala-Koala", "flux"): "nothing can go",
     ("asdm_redundancy-GlobalRegional", "sd3"): "attends to text and picture jointly",
     ("asdm_redundancy-GlobalRegional", "flux"): "attends to text and picture jointly",
+    ("spectral-WaveletGating", "pixart"): "changes no resolution",
+    ("spectral-WaveletGating", "sd3"): "changes no resolution",
+    ("spectral-WaveletGating", "flux"): "changes no resolution",
     ("linfusion-LinearizeAttention", "sd3"): "attends to text and picture jointly",
     ("linfusion-LinearizeAttention", "flux"): "attends to text and picture jointly",
 }

@@ -69,7 +69,12 @@ def run(model: nn.Module, name: str, **kwargs) -> torch.Tensor:
 
 
 def put(made, model: nn.Module, name: str):
-    handle = made().attach(model)
+    try:
+        handle = made().attach(model)
+    except TypeError as none:  # a network that has nothing for it
+        if "changes no resolution" not in str(none):
+            raise
+        pytest.skip(str(none))
     handle.observe([call(name, seed=k, step=s) for k, s in enumerate((900, 500, 100))])
     handle.reset()
     return handle
@@ -134,7 +139,7 @@ def test_where_nothing_is_allowed_nothing_changes(made, name):
     model = copy.deepcopy(MODELS[name])
     before = run(model, name)
     nothing = dataclasses.replace(made(), where=lambda layer, module: False)
-    with contextlib.suppress(ValueError):  # a transform may refuse to have nothing to do
+    with contextlib.suppress(TypeError, ValueError):  # it may refuse to have nothing to do
         handle = nothing.attach(model)
         handle.observe([call(name)])
         assert torch.equal(run(model, name), before)
