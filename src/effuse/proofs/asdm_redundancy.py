@@ -117,7 +117,7 @@ def _arms(study: Study, scale: Scale) -> Iterator[Claim | Row]:
     names = sorted(probed.removed, key=lambda n: worth[n])
     whole = _answers(study.network, study.judged)
     call = study.judged[0]["call"]
-    total = scale.pick(6, 30, 60)
+    total = scale.pick(6, 20, 60)
     stages = len(parts_of(names))
     each = max(1, total // 2 // stages)
     joint = total - each * stages
@@ -265,7 +265,7 @@ def _pictures(
         }
     ours, theirs = psnr[f"dropped, {name}"], psnr[f"original, {less} steps"]
     yield Claim(
-        f"healed for {scale.pick(6, 30, 60)} steps ({name}), its pictures are closer to the "
+        f"healed for {scale.pick(6, 20, 60)} steps ({name}), its pictures are closer to the "
         f"original's than {less} of {steps} steps of the original, which cost the same",
         float(theirs.mean()),
         float(ours.mean()),
@@ -298,7 +298,7 @@ def _regions(study: Study, scale: Scale) -> Iterator[Claim | Row]:
         student.requires_grad_(False)
         for layer in handle.layers.values():
             layer.requires_grad_(True)
-        steps = scale.pick(3, 10, 30)
+        steps = scale.pick(3, 8, 30)
         fit(
             goal,
             _shuffled(study.learning),
