@@ -20,7 +20,7 @@ CHOICES = RecipeChoices(
 def pipeline():
     from diffusers import DDIMScheduler
 
-    return tiny_dit_pipe(DDIMScheduler(timestep_spacing="trailing"))
+    return tiny_dit_pipe(DDIMScheduler(clip_sample=False, timestep_spacing="trailing"))
 
 
 HOW = {

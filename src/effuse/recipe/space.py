@@ -119,8 +119,8 @@ class RecipeBench:
     def __getstate__(self) -> dict[str, Any]:
         """Travel to a worker as settings: each loads the pipeline and its judge itself."""
         names = ("source", "given", "pictures", "steps", "guidance", "seed", "rounds")
-        names += ("calibration", "choices")
-        return {n: getattr(self, n) for n in names} | {"_ready": False}
+        more = ("calibration", "choices")
+        return {n: getattr(self, n) for n in names + more} | {"_ready": False}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Take the settings."""
@@ -314,7 +314,7 @@ def search_recipes(
         second = bounds[0].metric if bounds and not bounds[0].above else "macs"
         first = "score" if "score" in start else "psnr"
         objectives = {first: "max", second: "min"}
-    how = {
+    how: dict[str, Any] = {
         "tactic": tactic or LINAS(20, 4000),
         "budget": budget,
         "budgets": [b.at(start) for b in bounds],
