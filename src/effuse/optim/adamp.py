@@ -13,7 +13,7 @@ from torch import Tensor
 from effuse.core.errors import check_choice
 from effuse.core.method import method
 
-from .base import Batch, Together, check_adam, denominators, in_range, moments
+from .base import Batch, Together, check_adam, denominators, in_range, moments, plain, walk
 
 VIEWS = ("auto", "channel", "layer", "off")
 
@@ -141,12 +141,6 @@ class Projected(Together):
         return {name: counts[name] for name in ("channel", "layer", "none")}
 
 
-def _walk(params: list[Tensor], updates: list[Tensor], sizes: list[float]) -> None:
-    """Subtract sizes times updates, in place."""
-    torch._foreach_mul_(updates, sizes)
-    torch._foreach_sub_(params, updates)
-
-
 @method(
     "adamp",
     seed=19,
@@ -214,8 +208,8 @@ class AdamP(Projected):
         ratios = self._project(group, batch, updates)
         if group["weight_decay"]:
             decay = group["lr"] * group["weight_decay"]
-            torch._foreach_mul_(batch.params, [1 - decay * ratio for ratio in ratios])
-        _walk(batch.params, updates, [group["lr"] / c for c in batch.corrections(b1)])
+            torch._foreach_mul_(batch.params, plain([1 - decay * ratio for ratio in ratios]))
+        walk(batch.params, updates, [group["lr"] / c for c in batch.corrections(b1)])
 
 
 @method("adamp", example=lambda: SGDP([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1))
@@ -279,5 +273,5 @@ class SGDP(Projected):
         ratios = self._project(group, batch, updates)
         if group["weight_decay"]:
             decay = group["lr"] * group["weight_decay"] / (1 - mu)
-            torch._foreach_mul_(batch.params, [1 - decay * ratio for ratio in ratios])
-        _walk(batch.params, updates, [group["lr"]] * len(updates))
+            torch._foreach_mul_(batch.params, plain([1 - decay * ratio for ratio in ratios]))
+        walk(batch.params, updates, [group["lr"]] * len(updates))

@@ -36,6 +36,20 @@ class Batch:
         return [known[t] for t in self.steps]
 
 
+def plain(numbers: list[float]) -> float | list[float]:
+    """Return one number where all are the same: an operation on a list of numbers costs more."""
+    return numbers[0] if len(set(numbers)) == 1 else numbers
+
+
+def walk(params: list[Tensor], updates: list[Tensor], sizes: list[float]) -> None:
+    """Subtract sizes times updates, in place."""
+    size = plain(sizes)
+    if isinstance(size, float):
+        torch._foreach_sub_(params, updates, alpha=size)
+    else:
+        torch._foreach_sub_(params, list(torch._foreach_mul(updates, size)))
+
+
 def in_range(name: str, value: float, low: float, high: float = math.inf) -> None:
     """Raise ValueError unless low <= value < high."""
     if not low <= value < high:
@@ -154,7 +168,7 @@ def moments(batch: Batch, betas: tuple[float, float], grads: list[Tensor] | None
 def denominators(batch: Batch, beta: float, eps: float) -> list[Tensor]:
     """Return sqrt(v) / sqrt(1 - beta^t) + eps for each parameter."""
     roots = list(torch._foreach_sqrt(batch.kept["exp_avg_sq"]))
-    torch._foreach_div_(roots, [math.sqrt(c) for c in batch.corrections(beta)])
+    torch._foreach_div_(roots, plain([math.sqrt(c) for c in batch.corrections(beta)]))
     torch._foreach_add_(roots, eps)
     return roots
 

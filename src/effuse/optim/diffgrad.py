@@ -9,7 +9,7 @@ import torch
 
 from effuse.core.method import method
 
-from .base import Batch, Together, check_adam, denominators, moments
+from .base import Batch, Together, check_adam, denominators, moments, plain
 
 
 @method(
@@ -81,7 +81,7 @@ class DiffGrad(Together):
         torch._foreach_sigmoid_(friction)
         torch._foreach_copy_(before, grads)
         torch._foreach_mul_(friction, batch.kept["exp_avg"])
-        torch._foreach_mul_(friction, [-group["lr"] / c for c in batch.corrections(b1)])
+        torch._foreach_mul_(friction, plain([-group["lr"] / c for c in batch.corrections(b1)]))
         torch._foreach_addcdiv_(
             batch.params, friction, denominators(batch, b2, group["eps"]), value=1.0
         )
