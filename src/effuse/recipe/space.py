@@ -369,7 +369,9 @@ def plot(found: Found, file: Path) -> None:
             axes.axvline(b.bound, ls=":", c="black", lw=1)
         elif b.metric == y:
             axes.axhline(b.bound, ls=":", c="black", lw=1)
-    axes.set(xlabel=x, ylabel=y, xscale="log")
+    axes.set(xlabel=x, ylabel=y)
+    if min(m[x] for m in good) > 0 and max(m[x] for m in good) > 10 * min(m[x] for m in good):
+        axes.set_xscale("log")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     draft = file.with_name(f".{file.name}.draft.png")

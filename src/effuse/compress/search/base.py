@@ -363,16 +363,31 @@ class Ray:
                 include_dashboard=False,
                 log_to_driver=False,
             )
-        remote = ray.remote(num_cpus=self.cpus, max_retries=self.retries)(attempt)
-        shared = ray.put(evaluate)
+        seat = ray.remote(
+            num_cpus=self.cpus, max_restarts=self.retries, max_task_retries=self.retries
+        )(_Seat)
+        free = [seat.remote(evaluate) for _ in range(min(self.workers, len(configs)))]
         waiting = list(enumerate(configs))
-        running: dict[Any, int] = {}
+        running: dict[Any, tuple[int, Any]] = {}
         while waiting or running:
-            while waiting and len(running) < self.workers:
-                i, config = waiting.pop(0)
-                running[remote.remote(shared, config)] = i
+            while waiting and free:
+                (i, config), actor = waiting.pop(0), free.pop()
+                running[actor.run.remote(config)] = i, actor
             (done,), _ = ray.wait(list(running), num_returns=1)
-            yield running.pop(done), ray.get(done)
+            i, actor = running.pop(done)
+            free.append(actor)
+            yield i, ray.get(done)
+
+
+class _Seat:
+    """A worker's own `evaluate`: what it loads, it loads once."""
+
+    def __init__(self, evaluate: Evaluate):
+        self.evaluate = evaluate
+
+    def run(self, config: Config) -> Trial:
+        """Return the trial of one point."""
+        return attempt(self.evaluate, config)
 
 
 class Study:
