@@ -303,6 +303,16 @@ def test_trained_layers_become_dense_with_what_they_learned():
     torch.testing.assert_close(net(x), after)
 
 
+def test_a_layer_shrunk_away_answers_its_bias_when_cut():
+    net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6))
+    x = torch.randn(3, 6, generator=rng())
+    handle = Maestro(keep=0.5, least=2).attach(net)
+    net[0].kept = 0
+    handle.count([((x,), {})])
+    assert handle.extract(0.5)["0"] == 1
+    assert torch.equal(net[0](x), net[0].bias.expand(3, -1))
+
+
 def test_recalibrate_measures_the_size_as_it_is():
     norm = nn.BatchNorm2d(3)
     net = nn.Sequential(norm, nn.Dropout(0.5)).eval()

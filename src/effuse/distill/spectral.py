@@ -26,7 +26,7 @@ from effuse.ops import expand_as, randn_like
 from effuse.ops.bands import inverse_magnitude, radial, resized, spectrum
 
 from .features import FeatureDistillation, Plain, Spoil, answer, listening
-from .taps import Tapped
+from .taps import Adapter, Tapped
 
 __all__ = [
     "SpectrumAwareDistillation",
@@ -93,6 +93,7 @@ class SpectrumAwareDistillation(FeatureDistillation):
         rng = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for adapter in self.adapters.values():
+                assert isinstance(adapter, Adapter)
                 w = adapter.weight
                 w.copy_(torch.randn(w.shape, generator=rng).to(w) / w.shape[1] ** 0.5)
                 adapter.bias.zero_()
@@ -286,7 +287,7 @@ def slim(
     config |= {"block_out_channels": narrow, "norm_num_groups": groups}
     if not conditional and heads:
         config["attention_head_dim"] = math.gcd(int(heads), *narrow)
-    cls = next(
+    cls: Any = next(
         c
         for c in type(like).__mro__
         if c.__module__.startswith("diffusers.") and c.__name__.startswith("UNet2D")

@@ -33,8 +33,8 @@ class LowRank(nn.Module):
     def __init__(self, rank: int, bias: Tensor | None):
         super().__init__()
         self.bias = None if bias is None else nn.Parameter(bias)
-        self.kept, self.limit = rank, None  # type: ignore[assignment]
-        self.limit: int | None
+        self.kept = rank
+        self.limit: int | None = None
 
     @property
     def rank(self) -> int:

@@ -65,7 +65,8 @@ def radial(power: Tensor, bins: int) -> Tensor:
     Rings are equally wide from 0 to 1/2; what is beyond, in the corners, counts to the last.
     Empty rings are not-a-number.
     """
-    which = (radii(*power.shape[-2:], power.device) * 2 * bins).long().clamp_max(bins - 1)
+    height, width = power.shape[-2:]
+    which = (radii(height, width, power.device) * 2 * bins).long().clamp_max(bins - 1)
     flat = power.flatten(-2)
     total = flat.new_zeros(*flat.shape[:-1], bins).index_add_(-1, which.flatten(), flat)
     count = torch.bincount(which.flatten(), minlength=bins).to(total)

@@ -185,7 +185,7 @@ def prove(scale: Scale) -> Evidence:
     def note_down(way: str, keep: float, seed: int, model: nn.Module) -> None:
         each = judged.wrong(model)
         errors.setdefault((way, keep), []).append(each)
-        call = ((judged.x[:1],), {})
+        call: Any = ((judged.x[:1],), {})
         with torch.no_grad():
             cost = macs(model, call)
         row = {"way": way, "keep": keep, "seed": seed, "error": float(each.mean()), "macs": cost}

@@ -50,9 +50,9 @@ def prove(scale: Scale) -> Evidence:
 
     if scale.size == "smoke":
         study = tiny()
-        _, base = study.draw(0)
-        teacher, schedule, shape = study.network, base.schedule, (2, 8, 8)  # type: ignore[attr-defined]
-        base = Network(teacher, schedule)
+        teacher, shape = study.network, (2, 8, 8)
+        schedule: Any = study.draw(0)[1].schedule
+        base: Any = Network(teacher, schedule)
     else:
         import effuse
 

@@ -433,15 +433,14 @@ class Factored(Swapped):
             [self.factors[n].dense_cost for n in names],
             [max(1, self.positions[n]) for n in names],
             keep,
-            fixed=sum(
-                self.positions[n] * m.weight.numel()
-                for n, m in self.layers.items()
-                if not isinstance(m, LowRank)
-            ),
+            fixed=sum(self.positions[n] * m.weight.numel() for n, m in self._dense()),
         )
         for name, rank in zip(names, chosen, strict=True):
             self._put(name, rank)
-        return self.plan()["layers"]  # type: ignore[no-any-return]
+        return dict(self.plan()["layers"])
+
+    def _dense(self) -> list[tuple[str, Any]]:
+        return [(n, m) for n, m in self.layers.items() if not isinstance(m, LowRank)]
 
     def _put(self, name: str, rank: int | None) -> None:
         layer = self.factors[name]
@@ -449,16 +448,19 @@ class Factored(Swapped):
         if rank is None:
             original: Any = self._originals[name]
             dense = layer.dense()
-            tight = {"rtol": 1e-4, "atol": 1e-6 * float(original.weight.detach().abs().max())}
+            atol = 1e-6 * float(original.weight.detach().abs().max())
             same = layer.kept == layer.rank == full_rank(original) and torch.allclose(
-                dense.weight, original.weight, **tight
+                dense.weight, original.weight, rtol=1e-4, atol=atol
             )
             same = same and (
                 original.bias is None or torch.equal(dense.bias, original.bias)  # type: ignore[arg-type]
             )
             new = original if same else dense
         elif rank < layer.rank:
-            new = layer.cut(rank)
+            cut = layer.cut(max(1, rank))
+            if rank == 0:  # shrunk away: one component that is zero, so the bias answers
+                nn.init.zeros_(cut.up.weight)
+            new = cut
         for owner, child in owners(self.model, layer):
             setattr(owner, child, new)
         self.layers[name] = new
@@ -564,19 +566,19 @@ def recalibrate(model: nn.Module, calls: Iterable[Call]) -> int:
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     norms = [m for m in norms if m.track_running_stats]
-    before = [(m, m.training, m.momentum) for m in norms]
+    before = [(m, m.momentum) for m in norms]
     modes = {m: m.training for m in model.modules()}
     try:
         model.eval()
-        for m in norms:
-            m.reset_running_stats()
-            m.momentum = None  # a cumulative average
-            m.train()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative average
+            norm.train()
         for args, kwargs in calls:
             model(*args, **kwargs)
     finally:
-        for m, _, momentum in before:
-            m.momentum = momentum
-        for m, mode in modes.items():
-            m.training = mode
+        for norm, momentum in before:
+            norm.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
     return len(norms)
