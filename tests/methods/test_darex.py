@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
+import weakref
 
 import pytest
 import torch
@@ -210,3 +212,28 @@ def test_adam_r_without_decay_is_adam():
         a.step()
         b.step()
     torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_memory_holds_one_tensor_of_the_fine_tune(tmp_path):
+    """Names are read from the header; of the weights, as many bytes at a time as the largest."""
+    count, size = 24, 1 << 16
+    for file, seed in (("a", 0), ("b", 1)):
+        save_file(
+            {f"w{i}": normal(size, seed=100 * seed + i) for i in range(count)},
+            tmp_path / f"{file}.safetensors",
+        )
+    alive, most = [], 0
+    delta = Delta.between(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    for _, change in delta.items():
+        alive = [ref for ref in alive if ref() is not None]
+        alive.append(weakref.ref(change))
+        most = max(most, len(alive))
+    assert most <= 2, "the one in hand and the one just read"
+    pruned = delta.prune(0.99)
+    tracemalloc.start()
+    merge_files(tmp_path / "b.safetensors", [pruned], tmp_path / "m.safetensors")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * 4 * size, "bytes on the way to the file: not the whole of 24 tensors"
+    a, m = load_file(tmp_path / "b.safetensors"), load_file(tmp_path / "m.safetensors")
+    assert all(0 < int((a[k] != m[k]).sum()) < 0.02 * size for k in a)

@@ -58,7 +58,7 @@ def prove(scale: Scale) -> Evidence:
     for seed in range(scale.pick(1, 3, 5)):
         base = _seeded(network, seed)
         learn(base, torch.optim.Adam(base.parameters(), 1e-3), x, y, steps, seed)
-        calls = [((new[1000 * seed : 1000 * seed + 64],), {})]  # without labels
+        calls: list[Any] = [((new[1000 * seed : 1000 * seed + 64],), {})]  # without labels
         for name in ("Adam", "AdamR"):
             tuned = copy.deepcopy(base)
             optimizer = (
