@@ -27,7 +27,13 @@ PAIRS = [
     for a, b in itertools.permutations(TRANSFORMS, 2)
     if ORDER.index(TRANSFORMS[a]().kind) <= ORDER.index(TRANSFORMS[b]().kind)
 ]
-PAIRED = ("unet_cond", "dit")  # a network of each family: pairs grow as the square
+STORED = ("iss_p-Sparsify",)  # leaves no plain layer for others to change
+# pairs grow as the square: each on one of two networks in quick runs, on the other in slow ones
+PAIRED = [
+    pytest.param(*pair, name, marks=[pytest.mark.slow] * ((i + k) % 2), id="-".join((*pair, name)))
+    for i, pair in enumerate(PAIRS)
+    for k, name in enumerate(("unet_cond", "dit"))
+]
 
 
 def call(name: str, seed: int = 0, step: int = 500):
@@ -147,8 +153,7 @@ def test_where_nothing_is_allowed_nothing_changes(made, name):
     assert torch.equal(run(model, name), before)
 
 
-@pytest.mark.parametrize("name", PAIRED)
-@pytest.mark.parametrize(("first", "second"), PAIRS, ids=str)
+@pytest.mark.parametrize(("first", "second", "name"), PAIRED)
 def test_pairs_compose_and_come_off(first, second, name):
     """In the order of a recipe; two of one kind may refuse, and then leave the first as it was."""
     model = copy.deepcopy(MODELS[name])
@@ -156,11 +161,15 @@ def test_pairs_compose_and_come_off(first, second, name):
     one = put(TRANSFORMS[first], model, name)
     alone = run(model, name)
     one.reset()
+    refused = ""
     try:
         two = put(TRANSFORMS[second], model, name)
     except (TypeError, ValueError) as refusal:
-        assert one.transform.kind == TRANSFORMS[second]().kind, refusal
-        assert len(str(refusal)) > 20
+        refused = str(refusal) or "no reason"
+    if refused:
+        alike = one.transform.kind == TRANSFORMS[second]().kind
+        assert alike or first in STORED, refused
+        assert len(refused) > 20
         assert torch.equal(run(model, name), alone)
         one.detach()
         assert torch.equal(run(model, name), before)
