@@ -116,6 +116,8 @@ def prove(scale: Scale) -> Evidence:
                 "Adam, DARE", 0.99, 10.0),
         against("99 % dropped: DAREx-q beats keeping the largest", "Adam, DAREx-q",
                 "Adam, magnitude", 0.99),
+        against("90 % dropped: DAREx-q beats keeping the largest", "Adam, DAREx-q",
+                "Adam, magnitude", 0.9),
         against("90 % dropped: DAREx-q beats DARE", "Adam, DAREx-q", "Adam, DARE", 0.9),
         against("99 % dropped: AdamR and DARE beat Adam and DARE", "AdamR, DARE", "Adam, DARE",
                 0.99),
