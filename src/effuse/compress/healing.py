@@ -1,7 +1,8 @@
 """Heal a slimmed pipeline: what it learns on, and for how long.
 
-What it learns on matters: samples of many prompts drawn with guidance, spoiled to all levels, a few
-of them shown without their prompt, for guidance asks the network for both (evidence/healing.json).
+On house:emoji with 30 % fewer parameters (evidence/healing.json), clean samples spoiled to all
+levels heal better than states along sampling; the network's own samples do as well as real
+pictures; stage features help more than any choice of data; pictures keep their score, not details.
 """
 
 from __future__ import annotations
