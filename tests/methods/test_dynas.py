@@ -101,7 +101,7 @@ def test_budgets_are_read():
 
 def test_a_front_keeps_its_budget():
     _, y = every()
-    for tactic in (NSGA2(20), LINAS(25, 2000)):
+    for tactic in (NSGA2(20), LINAS(25, 600)):
         found = search(SPACE, additive, GOALS, tactic=tactic, budget=200, budgets=["a<14"])
         assert found.front
         assert all(t.metrics["a"] <= 14 for t in found.front)
@@ -262,12 +262,12 @@ def test_linas_needs_fewer_measurements():
     _, y = every()
     reference = y.max(0).values.tolist()
     whole = pareto.hypervolume(y, reference)
-    ours = search(SPACE, additive, GOALS, tactic=LINAS(25, 2000), budget=100)
+    ours = search(SPACE, additive, GOALS, tactic=LINAS(25, 1000), budget=100)
     blind = search(SPACE, additive, GOALS, tactic=RandomSearch(), budget=100)
     assert ours.hypervolume(reference) > 0.97 * whole > blind.hypervolume(reference)
     assert ours.asked == 100
     assert ours.measured == len(ours.trials) == len({str(t.config) for t in ours.trials})
-    again = search(SPACE, additive, GOALS, tactic=LINAS(25, 2000), budget=100)
+    again = search(SPACE, additive, GOALS, tactic=LINAS(25, 1000), budget=100)
     assert [t.config for t in again.trials] == [t.config for t in ours.trials]
     assert ours.samples_to_reach(0.9 * whole, reference) <= 75
 
@@ -289,8 +289,8 @@ def test_warm_start_skips_the_blind_population():
 
 def test_fresh_loses_no_place():
     small = SearchSpace({f"g{i}": (0, 1, 2, 3) for i in range(6)})
-    kept = search(small, additive, GOALS, tactic=LINAS(20, 1000), budget=100)
-    fresh = search(small, additive, GOALS, tactic=LINAS(20, 1000, fresh=True), budget=100)
+    kept = search(small, additive, GOALS, tactic=LINAS(20, 300), budget=100)
+    fresh = search(small, additive, GOALS, tactic=LINAS(20, 300, fresh=True), budget=100)
     assert fresh.measured == 100 >= kept.measured
 
 
@@ -311,7 +311,7 @@ def test_failures_are_written_as_failures(tmp_path):
 
 
 def test_a_stopped_search_goes_on(tmp_path):
-    whole = search(SPACE, additive, GOALS, tactic=LINAS(20, 500), budget=80, seed=3)
+    whole = search(SPACE, additive, GOALS, tactic=LINAS(20, 200), budget=80, seed=3)
     calls = []
 
     def slow(config):
@@ -320,7 +320,7 @@ def test_a_stopped_search_goes_on(tmp_path):
         calls.append(config)
         return additive(config)
 
-    how = {"tactic": LINAS(20, 500), "budget": 80, "seed": 3, "journal": tmp_path}
+    how = {"tactic": LINAS(20, 200), "budget": 80, "seed": 3, "journal": tmp_path}
     with pytest.raises(KeyboardInterrupt):
         search(SPACE, slow, GOALS, **how)
     files = list((tmp_path / "trials").glob("*.json"))

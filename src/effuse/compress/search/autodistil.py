@@ -12,6 +12,7 @@ q, k, v of the last block. A is common to teacher and student, so that widths ma
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -373,7 +374,8 @@ def choose(
     """
     measure, call = loss or AttentionRelationLoss(), batches[0]["call"]
     space = student.space.space
-    least = student.macs_at(student.space.smallest, call)
+    price = functools.cache(lambda size: student.macs_at(size, call))
+    least = price(student.space.smallest)
     if most_macs < least:
         raise ValueError(
             f"most_macs={most_macs:g}: the smallest sub-network needs {least:g}, expected as much"
@@ -381,7 +383,7 @@ def choose(
 
     def evaluate(config: dict[str, Any]) -> dict[str, float]:
         size = Size(**config)
-        cost = student.macs_at(size, call)
+        cost = price(size)
         if proxy is not None:
             value = proxy(student.extract(size))
         else:
@@ -389,7 +391,7 @@ def choose(
         return {"loss": value, "macs": cost, "parameters": student.parameters_at(size)}
 
     if tactic is None:
-        space.allowed = lambda c: student.macs_at(Size(**c), call) <= most_macs
+        space.allowed = lambda c: price(Size(**c)) <= most_macs
         tactic, budget = _All(), space.size
     limits = [f"macs<{most_macs:.0f}"] if math.isfinite(most_macs) else []
     goals: Any = {"loss": "min", "macs": "min"}
