@@ -237,3 +237,13 @@ def test_memory_holds_one_tensor_of_the_fine_tune(tmp_path):
     assert peak < 4 * 4 * size, "bytes on the way to the file: not the whole of 24 tensors"
     a, m = load_file(tmp_path / "b.safetensors"), load_file(tmp_path / "m.safetensors")
     assert all(0 < int((a[k] != m[k]).sum()) < 0.02 * size for k in a)
+
+
+def test_adam_r_refers_a_group_added_later_to_its_own_start():
+    one, later = (torch.nn.Parameter(normal(3, 4, seed=s)) for s in range(2))
+    optimizer = AdamR([one], lr=0.1, weight_decay=0.5)
+    optimizer.add_param_group({"params": [later]})
+    before = later.detach().clone()
+    one.grad, later.grad = torch.ones(3, 4), torch.zeros(3, 4)
+    optimizer.step()
+    assert torch.equal(later, before)

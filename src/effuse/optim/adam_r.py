@@ -75,10 +75,13 @@ class AdamR(Together):
                 f"{len(owners)} parameters or other shapes: pass them in the parameters' order"
             )
         for p, r in zip(owners, given, strict=True):
-            low = p.dtype in (torch.float16, torch.bfloat16)
-            kind = torch.float32 if low else p.dtype
-            self.state[p]["reference"] = r.detach().to(p.device, kind, copy=True)
+            self._refer(p, r)
         self._spread = 1.0
+
+    def _refer(self, p: Tensor, reference: Tensor) -> None:
+        low = p.dtype in (torch.float16, torch.bfloat16)
+        kind = torch.float32 if low else p.dtype
+        self.state[p]["reference"] = reference.detach().to(p.device, kind, copy=True)
 
     def before(self) -> None:
         """Take the second moments of all parameters, this gradient included, before any moves."""
@@ -86,6 +89,8 @@ class AdamR(Together):
         for group in self.param_groups:
             b2 = group["betas"][1]
             for p in group["params"]:
+                if "reference" not in self.state[p]:  # of a group added later
+                    self._refer(p, p)
                 if p.grad is None or not group["weight_decay"]:
                     continue
                 state = self.state[p]
