@@ -307,11 +307,7 @@ class Maestro(Transform):
         check_whole("least", self.least, 1)
 
     def attach(self, model: nn.Module) -> Factored:
-        """Split the layers of `model` at full rank.
-
-        Raises:
-            ValueError: there is none.
-        """
+        """Split the layers of `model` at full rank; one that has none stays as it is."""
         held: dict[int, int] = {}
         for module in model.modules():
             for p in module._parameters.values():
@@ -326,11 +322,6 @@ class Maestro(Transform):
             return min(weight.shape[:2]) >= self.least and not tied and self.where(name, module)
 
         layers = {name: factored(m) for name, m in layers_of(model, wanted)}
-        if not layers:
-            raise ValueError(
-                f"{type(model).__name__}: no linear or ungrouped convolution layer of at least "
-                f"{self.least} in- and outputs to factorize; lower `least` or widen `where`"
-            )
         return Factored(self, model, layers)
 
     def restore(self, model: nn.Module, plan: Mapping[str, Any]) -> Factored:
