@@ -9,7 +9,7 @@ import torch
 from tests.tiny import tiny_ddpm, tiny_dit_pipe, tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
 
 import effuse
-from effuse.compress.healing import heal, own_samples
+from effuse.compress.healing import heal, own_samples, round_as
 from effuse.compress.rewire.koala import Koala
 from effuse.distill.features import FeatureDistillation, answer
 
@@ -108,3 +108,20 @@ def test_healing_brings_a_network_back_to_its_teacher():
     now, was = pipe.unet.state_dict(), teacher.state_dict()
     assert all(torch.equal(now[k], v) for k, v in was.items() if k != "conv_out.bias")
     torch.testing.assert_close(now["conv_out.bias"], was["conv_out.bias"] + 0.3)
+
+
+def test_what_was_in_half_precision_is_healed_into_it():
+    """So it is stored in two bytes a weight, as before; float32 weights stay as they learned."""
+    rng = torch.Generator().manual_seed(0)
+    teacher = torch.nn.Linear(4, 4)
+    student = torch.nn.Linear(4, 4)
+    with torch.no_grad():
+        for p in (*teacher.parameters(), *student.parameters()):
+            p.copy_(torch.randn(p.shape, generator=rng))
+    learned = student.weight.clone()
+    round_as(student, teacher)
+    assert torch.equal(student.weight, learned)
+    teacher.half().float()
+    round_as(student, teacher)
+    assert torch.equal(student.weight, learned.half().float())
+    assert not torch.equal(student.weight, learned)

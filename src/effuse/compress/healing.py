@@ -213,3 +213,18 @@ def heal(
         network.eval()
         for p, was in zip(network.parameters(), learns, strict=True):
             p.requires_grad_(was)
+        round_as(network, teacher)
+
+
+@torch.no_grad()
+def round_as(network: nn.Module, teacher: nn.Module) -> None:
+    """Round weights to half precision where all the teacher's are, so that they are stored so.
+
+    A float32 network whose weights came from half precision is stored in half; learning would
+    double its bytes.
+    """
+    if any((p != p.half()).any() for p in teacher.parameters() if p.dtype == torch.float32):
+        return
+    for p in network.parameters():
+        if p.dtype == torch.float32:
+            p.copy_(p.half())

@@ -230,7 +230,10 @@ def slim(
                 objective = handle.objective(originals[main])
                 if objective is not None:
                     folder = _work_folder(work, plan, number)
+                    from effuse.compress.healing import round_as
+
                     heal(objective, batches(), plan.healing, progress=progress, folder=folder)
+                    round_as(getattr(pipe, part), originals[main])
             out.noted.append({"method": label_of(item), "component": part, **handle.report()})
     except BaseException:
         out.undo()
