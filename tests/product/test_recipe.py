@@ -191,3 +191,38 @@ np.testing.assert_allclose(out.images, np.load({str(tmp_path / "expected.npy")!r
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
     assert parse(folder / "recipe.yaml") == result.recipe
+
+
+def test_a_cache_that_learns_walks_with_the_recipes_own_sampler(tmp_path):
+    """Its route is for that solver's levels; saved, it comes back; other levels are refused."""
+    plan = parse(
+        {
+            "methods": [
+                {"error_budget": {"error": 10.0, "trajectories": 1, "tried": 2}},
+                {"ddim": {"steps": 3}},
+            ],
+            "calibration": {"prompts": 2, "steps": 2, "calls": 1, "batch": 2},
+        }
+    )
+    made = effuse.slim(tiny_sd(), plan, progress=False)
+    (report,) = made.reports()
+    assert report["macs_share"] < 0.9
+    assert report["tried"]
+
+    def picture(pipe, steps=3):
+        pipe.set_progress_bar_config(disable=True)
+        rng = torch.Generator().manual_seed(0)
+        out = pipe("a cat", num_inference_steps=steps, generator=rng, output_type="np")
+        return torch.as_tensor(out.images)
+
+    expected = picture(made.pipe)
+    again = effuse.load(made.save(tmp_path / "saved"))
+    assert torch.equal(picture(again), expected)
+    with pytest.raises(ValueError, match="sample on that schedule, or make a route"):
+        picture(again, steps=5)
+    with pytest.raises(RecipeError, match="leave the grid out"):
+        effuse.slim(
+            tiny_sd(),
+            parse({"methods": [{"error_budget": {}}, {"ddim": {"steps": 3, "grid": "Trailing"}}]}),
+            progress=False,
+        )

@@ -336,11 +336,14 @@ class Transform(ABC):
     kind: what it does, for the order in a recipe: "prune", "factorize", "rewire", "quantize",
     "cache". calibrated: whether `observe` must be called before it acts. targeted: whether
     `observe` also takes batches of a `call` and its `target`, what the network should answer.
+    walked: whether the handle's `learn` must be called before it acts, with what draws whole walks,
+    `effuse.compress.calibrate.walks`.
     """
 
     kind: ClassVar[str]
     calibrated: ClassVar[bool] = False
     targeted: ClassVar[bool] = False
+    walked: ClassVar[bool] = False
 
     @abstractmethod
     def attach(self, model: nn.Module) -> Applied:

@@ -196,6 +196,8 @@ def slim(
     Raises:
         RecipeError: the recipe is wrong, or not for this pipeline; nothing has been touched.
     """
+    import torch
+
     plan = parse(recipe)
     if isinstance(pipe, (str, Path)):
         pipe = load(pipe)
@@ -226,6 +228,13 @@ def slim(
             if transform.calibrated:
                 seen: Any = batches()[: plan.calibration.calls]
                 handle.observe(seen if transform.targeted else [b["call"] for b in seen])
+            if transform.walked:
+                learning: Any = handle
+                learning.learn(
+                    _walks(pipe, plan),
+                    rng=torch.Generator().manual_seed(plan.calibration.seed),
+                    progress=progress,
+                )
             if plan.healing.steps and part == main and main in originals:
                 objective = handle.objective(originals[main])
                 if objective is not None:
@@ -293,6 +302,26 @@ def _batches(pipe: DiffusionPipeline, plan: Recipe) -> list[dict[str, Any]]:
         batch=how.batch,
         steps=how.steps,
         seed=how.seed,
+    )
+
+
+def _walks(pipe: DiffusionPipeline, plan: Recipe) -> Any:
+    """Return what draws whole walks of the recipe's own sampler, or of `calibration.steps`."""
+    from effuse.compress.calibrate import walks
+
+    samplers = [i for i in plan.items if isinstance(i, Sampler)]
+    how = samplers[-1] if samplers else None
+    if how is not None and how.grid is not None:
+        raise RecipeError(
+            "a cache that learns on whole walks takes the levels of the solver's own grid: leave "
+            "the grid out"
+        )
+    return walks(
+        pipe,
+        plan.calibration.prompts,
+        steps=(how.steps if how is not None else None) or plan.calibration.steps,
+        guidance=None if how is None else how.guidance,
+        solver=None if how is None else how.solver,
     )
 
 

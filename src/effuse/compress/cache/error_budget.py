@@ -84,6 +84,7 @@ class ErrorBudget(Transform):
     confidence: float = 0.95
     where: Where = everywhere
     kind = "cache"
+    walked = True
 
     def __post_init__(self) -> None:
         """Check the fields."""

@@ -406,6 +406,7 @@ class Harmonica(Transform):
     order: int = 0
     where: Where = everywhere
     kind = "cache"
+    walked = True
 
     def __post_init__(self) -> None:
         """Check the fields."""
