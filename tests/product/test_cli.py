@@ -332,3 +332,41 @@ def test_search_writes_its_front_and_goes_on(folder, tmp_path, capsys, monkeypat
     with pytest.raises(SystemExit):
         main()
     assert "expected a metric, < or >" in capsys.readouterr().err
+
+
+def test_a_fine_tune_is_kept_as_a_change_and_comes_back(folder, tmp_path, capsys, monkeypatch):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    base = next((folder / "unet").glob("*.safetensors"))
+    tuned = {k: v.clone() for k, v in load_file(base).items()}
+    rng = torch.Generator().manual_seed(0)
+    for v in tuned.values():
+        v += 0.01 * torch.randn(v.shape, generator=rng)
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    run(
+        "delta",
+        tmp_path / "tuned.safetensors",
+        folder / "unet",
+        "--keep",
+        1,
+        "--out",
+        tmp_path / "d",
+    )
+    run("merge", folder / "unet", tmp_path / "d", "--out", tmp_path / "back.safetensors")
+    back = load_file(tmp_path / "back.safetensors")
+    for name, v in tuned.items():
+        torch.testing.assert_close(back[name], v, rtol=1e-6, atol=1e-7)
+    said = run(
+        "delta", tmp_path / "tuned.safetensors", base, "--keep", 0.1, "--out", tmp_path / "small"
+    )
+    share = float(said.split("%")[0].split()[-1])
+    assert abs(share - 90) < 2
+    small = (tmp_path / "small" / "delta.safetensors").stat().st_size
+    assert small < 0.25 * (tmp_path / "tuned.safetensors").stat().st_size
+    monkeypatch.setattr(
+        sys, "argv", ["effuse", "merge", str(base), str(tmp_path), "--out", "a.bin"]
+    )
+    with pytest.raises(SystemExit):
+        main()
+    assert "ending in .safetensors" in capsys.readouterr().err

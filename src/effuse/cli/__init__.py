@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from .deltas import delta, merge
 from .editing import edit, restore
 from .judging import diagnose, likelihood
 from .knowing import methods, prove
@@ -26,7 +27,7 @@ app = typer.Typer(
 )
 _COMMANDS = (
     slim, recipes, search, compare, sample, edit, restore,
-    likelihood, diagnose, train, methods, prove,
+    likelihood, diagnose, delta, merge, train, methods, prove,
 )  # fmt: skip
 for command in _COMMANDS:
     app.command()(command)
