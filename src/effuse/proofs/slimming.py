@@ -21,9 +21,11 @@ from effuse.compress.cache.harmonica import Harmonica, Share, learn_cache
 from effuse.compress.cache.keys import Explicit
 from effuse.compress.cache.levels import Layers
 from effuse.compress.calibrate import calls_from_pipeline, uniform_calls, walks
+from effuse.compress.factorize.maestro import Maestro
 from effuse.compress.healing import heal, own_samples
 from effuse.compress.prune.choose import Macs
 from effuse.compress.prune.ecodiff import EcoDiff
+from effuse.compress.prune.iss_p import Sparsify
 from effuse.compress.prune.laptop_diff import (
     Criterion,
     LaptopDiff,
@@ -34,9 +36,11 @@ from effuse.compress.prune.laptop_diff import (
 )
 from effuse.compress.prune.members import Budget
 from effuse.compress.prune.slimsam import SlimSAM
+from effuse.compress.quantize.int8 import Int8
 from effuse.compress.rewire.asdm_assembly import Inherit
 from effuse.compress.rewire.asdm_redundancy import DropRedundant
 from effuse.compress.rewire.koala import Koala
+from effuse.compress.rewire.linfusion import LinearizeAttention
 from effuse.core import Applied, Solver, Transform
 from effuse.evaluate import cost
 from effuse.evaluate.quality import FeatureDistance, Frechet, Psnr
@@ -296,6 +300,14 @@ WAYS: tuple[Contender, ...] = (
         ),
     ),
     Contender("slimsam", "parameters", transformed(narrowed)),
+    Contender("maestro", "macs", transformed(lambda bench, pipe, share: Maestro(keep=1 - share))),
+    Contender(
+        "iss_p, one shot",
+        "parameters",
+        transformed(lambda bench, pipe, share: Sparsify(share)),
+    ),
+    Contender("linfusion", "macs", transformed(lambda *_: LinearizeAttention()), once=True),
+    Contender("int8", "parameters", transformed(lambda *_: Int8()), once=True),
     Contender("koala, its one plan", "parameters", transformed(lambda *_: Koala()), once=True),
     Contender("layers by magnitude", "parameters", transformed(layers(Magnitude()))),
     Contender("layers by Taylor", "parameters", transformed(layers(Taylor()))),
@@ -376,7 +388,7 @@ def table(bench: Bench, ways: Sequence[Contender], shares: Sequence[float]) -> l
                 how = way.make(bench, pipe, share)
                 rows.append(bench.row(way.name, way.of, share, pipe, how))
                 if way.once:
-                    rows[-1]["share"] = 1 - rows[-1]["parameters"] / rows[0]["parameters"]
+                    rows[-1]["share"] = 1 - rows[-1][way.of] / rows[0][way.of]
             except (ValueError, TypeError) as error:
                 rows.append(
                     {
