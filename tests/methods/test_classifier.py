@@ -120,9 +120,9 @@ def test_a_learned_classifier_guides_to_its_class():
 
     before = judged(student)
     optimizer = torch.optim.Adam(student.parameters(), 5e-3)
-    fit(objective, batch, optimizer, steps=300, rng=generator(1), progress=False)
+    fit(objective, batch, optimizer, steps=800, rng=generator(1), progress=False)
     best = judged(exact(model))
-    assert best - 0.01 < judged(student) < best + 0.03 < before
+    assert best - 0.015 < judged(student) < best + 0.04 < before
     guided = Classified(model, student, 1.0)
     start, times = rows(400, 2).float(), Uniform(1.0, 1e-3)(model.process, 20)
     hits = []
