@@ -135,6 +135,7 @@ def slimming_table(folder: Path) -> str:
         ("score kept", "score_kept", "{:.1%}", 1.0),
         ("PSNR dB", "psnr_db", "{:.1f}", 1.0),
         ("Fréchet", "frechet", "{:.3g}", 1.0),
+        ("paired distance", "feature_distance", "{:.3f}", 1.0),
         ("GMACs", "macs", "{:.2f}", 1e-9),
         ("M weights", "parameters", "{:.2f}", 1e-6),
         ("MB", "network_bytes", "{:.2f}", 1e-6),
