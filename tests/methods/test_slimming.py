@@ -91,8 +91,10 @@ def test_claims_have_the_right_sign():
     def row(variant, of, **more):
         return {"variant": variant, "share_of": of, **more}
 
-    kept = [row("a", "parameters", share=0.3, score_kept=k) for k in (0.97, 0.99)]
-    assert [c.holds for c in _parameters("n", kept)] == [False, True]
+    few = [(0.97, 70), (0.99, 70), (0.99, 80)]
+    kept = [row("a", "parameters", share=0.3, score_kept=k, parameters=n) for k, n in few]
+    rows = [row("original", "", share=0.0, parameters=100), *kept]
+    assert [c.holds for c in _parameters("n", rows)] == [False, True]
     seen = {"share": 0.5, "psnr_db": 1.0, "macs": 100}
     rows = [
         row("fewer steps, ddim", "macs", squared_error=1.0, **seen),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,6 +38,7 @@ from effuse.compress.rewire.asdm_assembly import Inherit
 from effuse.compress.rewire.asdm_redundancy import DropRedundant
 from effuse.compress.rewire.koala import Koala
 from effuse.compress.rewire.linfusion import LinearizeAttention
+from effuse.compress.units import parameters
 from effuse.core import Applied, Solver, Transform
 from effuse.evaluate import cost
 from effuse.evaluate.quality import FeatureDistance, Frechet, Psnr
@@ -68,8 +69,8 @@ Make = Callable[["Bench", Any, float], Cheaper]
 class Way:
     """A way to remove a share.
 
-    of: "parameters" of the network or "macs" of a picture. heals: learns from the original
-    afterwards, in a row of its own. once: it has one strength, whatever share is asked.
+    of: "parameters" of the network, its "network_bytes", or "macs" of a picture. heals: learns
+    from the original afterwards, in a row of its own. once: of one strength, whatever is asked.
     """
 
     name: str
@@ -255,10 +256,25 @@ def harmonized(bench: Bench, pipe: Any, share: float) -> Cheaper:
     return Cheaper(bench.solver, bench.steps, handle, f"{how.iterations} iterations")
 
 
-def narrowed(bench: Bench, pipe: Any, share: float) -> Transform:
-    """Both widths by the root of what stays, as parameters grow with their product."""
-    side = (1 - share) ** 0.5
-    return SlimSAM(embed=side, bottleneck=side)
+def narrowed(bench: Bench, pipe: Any, share: float) -> Cheaper:
+    """Stream and bottlenecks by as much each as leaves the parameters that stay."""
+    network = cost.denoising_network(pipe)
+    whole, low, high = parameters(network), 0.0, 0.95
+
+    def cut(side: float, calls: Sequence[Any]) -> tuple[Applied, float]:
+        handle = SlimSAM(embed=side, bottleneck=side).attach(network)
+        handle.observe(calls)
+        return handle, 1 - parameters(network) / whole
+
+    for _ in range(7):
+        side = (low + high) / 2
+        handle, gone = cut(side, bench.calls[:2])
+        handle.detach()
+        low, high = (side, high) if gone < share else (low, side)
+    handle, gone = cut(high, bench.calls)
+    if gone < share - 0.03:
+        raise ValueError(f"{gone:.0%} is the most that its widths give")
+    return Cheaper(bench.solver, bench.steps, handle, f"widths {1 - high:.2f}")
 
 
 def layers(criterion: Criterion) -> Callable[[Bench, Any, float], Transform]:
@@ -331,7 +347,7 @@ WAYS: tuple[Way, ...] = (
     Way("maestro", "macs", transformed(lambda bench, pipe, share: Maestro(keep=1 - share)), True),
     Way("laptop_diff", "parameters", transformed(layers(OutputError())), heals=True),
     Way("ecodiff", "parameters", transformed(masked), heals=True),
-    Way("slimsam", "parameters", transformed(narrowed), heals=True),
+    Way("slimsam", "parameters", narrowed, heals=True),
     Way("layers by magnitude", "parameters", transformed(layers(Magnitude())), heals=True),
     Way("layers by Taylor", "parameters", transformed(layers(Taylor())), heals=True),
     Way("layers at random", "parameters", transformed(layers(Random())), heals=True),
@@ -342,5 +358,5 @@ WAYS: tuple[Way, ...] = (
     ),
     Way("koala", "parameters", transformed(lambda *_: Koala()), heals=True, once=True),
     Way("linfusion", "macs", transformed(lambda *_: LinearizeAttention()), heals=True, once=True),
-    Way("int8", "parameters", transformed(lambda *_: Int8()), once=True),
+    Way("int8", "network_bytes", transformed(lambda *_: Int8()), once=True),
 )

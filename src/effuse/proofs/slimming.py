@@ -135,7 +135,7 @@ def final(bench: Bench, rows: Sequence[Row], share: float) -> list[Row]:
         fresh.row("original, on other pictures", "", 0.0, bench.pipe, Cheaper(DDIM(), bench.steps)),
         fresh.row(f"{way.name}, on other pictures", way.of, share, pipe, how),
     ]
-    spent = fresh.heal(pipe, how, bench.scale.pick(1, 20, 800))
+    spent = fresh.heal(pipe, how, bench.scale.pick(1, 20, 1200))
     out.append(fresh.row(FINAL, way.of, share, pipe, how))
     return [*out[:-1], {**out[-1], "healing_minutes": spent, "note": f"{way.name}"}]
 
@@ -198,6 +198,7 @@ def _parameters(name: str, rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
         )
         for r in rows
         if r["share_of"] == "parameters" and r["share"] == 0.3 and "score_kept" in r
+        if r["parameters"] <= 0.71 * rows[0]["parameters"]
     ]
 
 
