@@ -12,12 +12,12 @@ maestro.recalibrate(net, calls)                                 # where it has B
 
 from __future__ import annotations
 
-import heapq
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -499,9 +499,12 @@ def allocate(
 ) -> list[int | None]:
     """Return the rank of each layer, None for dense, within a share of all multiplications.
 
-    A layer costs positions min((m + n) b, m n). Greedy: again and again the last component goes
-    whose share of its layer's energy is least per multiplication saved. The step from dense to
-    the first rank that is cheaper is one move. Every layer keeps a component.
+    minimize sum_i -log(energy kept in i)   subject to   sum_i cost_i <= keep
+
+    A layer costs positions min((m + n) b, m n). The logarithm forbids stripping a layer of all it
+    has, as a sum of what is lost does not. Each layer has the lower convex hull of its sizes, dense
+    among them; the steps along all hulls are taken by what they lose per multiplication saved, the
+    best for every budget at which a step ends. What the last step saved too much is given back.
 
     Args:
         energies: (r_i,) of each layer's components, in their order.
@@ -514,39 +517,62 @@ def allocate(
     Raises:
         ValueError: rank 1 everywhere costs more.
     """
-    shares = [(e.double() / e.double().sum().clamp_min(1e-300)).tolist() for e in energies]
-    at: list[int | None] = []
-    for share, one, whole in zip(shares, per_component, dense, strict=True):
-        at.append(None if len(share) * one >= whole else len(share))
-    whole_cost = fixed + sum(p * d for p, d in zip(positions, dense, strict=True))
+    whole = fixed + sum(p * d for p, d in zip(positions, dense, strict=True))
+    budget, at, steps = keep * whole * (1 + 1e-12), [], []
+    for i, (energy, one, full) in enumerate(zip(energies, per_component, dense, strict=True)):
+        hull = _hull(_sizes(energy, one, full))
+        at.append(hull[0])
+        for a, b in pairwise(hull):
+            saved = positions[i] * (a.cost - b.cost)
+            steps.append(((b.loss - a.loss) / saved, i, a, b, saved))
+    spent = fixed + sum(p * s.cost for p, s in zip(positions, at, strict=True))
+    for _, i, a, b, saved in sorted(steps, key=lambda step: step[:2]):
+        if spent <= budget:
+            break
+        spent -= saved
+        at[i] = b
+        if spent <= budget and b.rank is not None:
+            most = (a.cost - 1) // per_component[i]
+            back = int((budget - spent) // (positions[i] * per_component[i]))
+            at[i] = b._replace(rank=min(most, b.rank + back))
+    if spent > budget:
+        raise ValueError(
+            f"keep={keep}: rank 1 everywhere is {spent / whole:.3f} of the "
+            "multiplications already; keep more"
+        )
+    return [size.rank for size in at]
 
-    def cost(i: int, b: int | None) -> int:
-        return positions[i] * (dense[i] if b is None else b * per_component[i])
 
-    def move(i: int) -> tuple[float, int, int] | None:
-        b, share = at[i], shares[i]
-        to = b - 1 if b is not None else min(len(share), (dense[i] - 1) // per_component[i])
-        if to < 1:
-            return None
-        lost = sum(share[to : len(share) if b is None else b])
-        return lost / (cost(i, b) - cost(i, to)), i, to
+class _Size(NamedTuple):
+    """A size of a layer: multiplications at one position, minus log of its energy, rank."""
 
-    spent = fixed + sum(cost(i, b) for i, b in enumerate(at))
-    heap = [m for m in map(move, range(len(at))) if m is not None]
-    heapq.heapify(heap)
-    while spent > keep * whole_cost * (1 + 1e-12):
-        if not heap:
-            raise ValueError(
-                f"keep={keep}: rank 1 everywhere is {spent / whole_cost:.3f} of the "
-                "multiplications already; keep more"
-            )
-        _, i, to = heapq.heappop(heap)
-        spent -= cost(i, at[i]) - cost(i, to)
-        at[i] = to
-        again = move(i)
-        if again is not None:
-            heapq.heappush(heap, again)
-    return at
+    cost: int
+    loss: float
+    rank: int | None
+
+
+def _sizes(energy: Tensor, one: int, full: int) -> list[_Size]:
+    """Return the sizes worth having, dear ones first: dense, and all ranks that are cheaper."""
+    if not len(energy):
+        return [_Size(0, 0.0, 0)]
+    kept = energy.double().cumsum(0)
+    loss = -(kept / kept[-1]).nan_to_num(1.0).clamp(1e-12, 1).log()  # of no energy none is lost
+    ranks = range(min(len(energy), (full - 1) // one), 0, -1)
+    some = [_Size(b * one, float(loss[b - 1]), b) for b in ranks]
+    return some if len(energy) * one < full else [_Size(full, 0.0, None), *some]
+
+
+def _hull(sizes: Sequence[_Size]) -> list[_Size]:
+    """Return the lower convex hull of loss over cost, of sizes whose cost falls."""
+    out: list[_Size] = []
+    for c in sizes:
+        while len(out) > 1:
+            a, b = out[-2:]
+            if (b.loss - a.loss) * (a.cost - c.cost) < (c.loss - a.loss) * (a.cost - b.cost):
+                break
+            out.pop()
+        out.append(c)
+    return out
 
 
 @torch.no_grad()
