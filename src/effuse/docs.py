@@ -147,7 +147,7 @@ def slimming_table(folder: Path) -> str:
         "| --- " * (len(heads) + 3) + "|",
     ]
     for row in found["rows"]:
-        of = f"{row['share']:.0%} of {row['share_of']}" if row["share"] else ""
+        of = f"{row['share']:.0%} of {row['share_of'].split('_')[-1]}" if row["share"] else ""
         cells = [
             "-" if row.get(key) is None else form.format(row[key] * unit)
             for _, key, form, unit in heads
