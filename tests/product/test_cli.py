@@ -238,6 +238,22 @@ def test_edit_writes_before_and_after(folder, tmp_path):
         run("edit", folder, tmp_path / "none.png", "--out", out)
 
 
+def test_upscale_enlarges_beyond_the_pipelines_size(folder, tmp_path):
+    import torch
+    from PIL import Image
+
+    from effuse.ops.picture import to_image
+
+    picture, out = tmp_path / "in.png", tmp_path / "large.png"
+    to_image(torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))).save(picture)
+    words = ("upscale", folder, picture, "--steps", 4, "--out", out)
+    assert "enlarged to 32 x 32" in run(*words, "--prompt", "red apple", "--tokens", 7)
+    assert Image.open(out).height > 64  # plain above ours
+    run(*words)
+    with pytest.raises(ValueError, match="depth=1.5"):
+        run(*words, "--depth", 1.5)
+
+
 def test_sample_under_a_control(folder, tmp_path):
     from PIL import Image
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .deltas import delta, merge
-from .editing import edit, restore
+from .editing import edit, restore, upscale
 from .judging import diagnose, likelihood
 from .knowing import methods, prove
 from .sampling import sample
@@ -26,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
 )
 _COMMANDS = (
-    slim, recipes, search, compare, sample, edit, restore,
+    slim, recipes, search, compare, sample, edit, upscale, restore,
     likelihood, diagnose, delta, merge, train, methods, prove,
 )  # fmt: skip
 for command in _COMMANDS:

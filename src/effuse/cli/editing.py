@@ -1,4 +1,4 @@
-"""edit, restore: pictures from pictures."""
+"""edit, upscale, restore: pictures from pictures."""
 
 from __future__ import annotations
 
@@ -70,6 +70,62 @@ def edit(
         )
     save_grid(torch.cat([before, edited.pictures.cpu()]), out, columns=len(before))
     console.print(f"{len(before)} edited, {edited.calls} calls each, in [bold]{out}[/]")
+
+
+def upscale(
+    pipeline: Pipeline,
+    pictures: Annotated[list[Path], typer.Argument(help="picture files")],
+    prompt: Annotated[str | None, typer.Option(help="what the pictures show")] = None,
+    size: Annotated[int | None, typer.Option(help="side in pixels; twice the pipeline's")] = None,
+    depth: Annotated[float, typer.Option(help="share of levels to make up anew, 0 to 1")] = 0.3,
+    steps: Annotated[int, typer.Option(help="levels of a whole walk")] = 20,
+    guidance: Annotated[float | None, typer.Option(help="scale; 4 with a prompt, else 1")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="feed-forward layers take so many at once, to save memory")
+    ] = None,
+    white: Annotated[bool, typer.Option(help="lay transparent pictures on white")] = False,
+    seed: Annotated[int, typer.Option(help="of all noise")] = 0,
+    out: Annotated[Path, typer.Option(help="PNG file: plainly enlarged above ours")] = Path(
+        "upscaled.png"
+    ),
+) -> None:
+    """Enlarge pictures beyond the size a pipeline was trained for, with detail that it adds.
+
+    Enlarged plainly, spoiled to --depth, sampled back. Time and memory grow with the square of the
+    pixels, unless attention was made linear: slim the pipeline with `linfusion` first.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    from effuse.bridge.pipeline import wrap
+    from effuse.ops.picture import picture_file, read_picture, save_grid
+    from effuse.report.draw import checked
+    from effuse.restore.sdedit import SDEdit
+    from effuse.restore.upscale import upscale as run
+    from effuse.solvers import DDIM
+
+    picture_file(out)
+    pipe = load(pipeline)
+    model = wrap(pipe)
+    small = sides_of(model, None)
+    sides = sides_of(model, 2 * max(small) if size is None else size)
+    background = (1.0, 1.0, 1.0) if white else None
+    before = torch.stack([read_picture(f, small, background=background) for f in pictures])
+    what = None if prompt is None else checked(pipe, [prompt])[0]
+    with console.status("enlarging"):
+        after = run(
+            pipe,
+            before,
+            what,
+            sides,
+            editor=SDEdit(depth=depth, levels=steps, solver=DDIM()),
+            guidance=guidance if guidance is not None else 1.0 if prompt is None else 4.0,
+            tokens=tokens,
+            rng=torch.Generator().manual_seed(seed),
+        )
+    plain = F.interpolate(before, sides, mode="bicubic", antialias=True).clamp(0, 1)
+    save_grid(torch.cat([plain, after.cpu()]), out, columns=len(before))
+    console.print(f"{len(before)} enlarged to {sides[1]} x {sides[0]} in [bold]{out}[/]")
 
 
 def restore(

@@ -94,7 +94,7 @@ def edit(
         )
     height, width = pictures.shape[-2:]
     model = model.at((height, width))
-    what = _rows(model, what, len(pictures))
+    what = rows_of(model, what, len(pictures))
     guided, told = model.family.guides(model, guidance, True)
     if negative is not None and not guided:
         raise ValueError(f"negative prompts at guidance {guidance:g}: expected a scale above 1")
@@ -121,7 +121,7 @@ def edit(
     return Edited(shown, out.x, out.latents, done)
 
 
-def _rows(model: Wrapped, what: Any, count: int) -> Any:
+def rows_of(model: Wrapped, what: Any, count: int) -> Any:
     """Return the conditions asked for, one a picture."""
     if what is None:
         return [""] * count if isinstance(model.family, Texts) else count

@@ -22,6 +22,7 @@ from effuse.core.clip import Clipped
 from effuse.core.errors import check_whole
 from effuse.solvers import DDIM
 
+from .edit import rows_of
 from .editor import Editor
 from .sdedit import SDEdit
 
@@ -30,7 +31,7 @@ from .sdedit import SDEdit
 def upscale(
     pipe: Any,
     pictures: Tensor,
-    what: str | Sequence[str] | Sequence[int] | int,
+    what: str | Sequence[str] | Sequence[int] | int | None,
     size: int | tuple[int, int],
     *,
     editor: Editor | None = None,
@@ -48,7 +49,7 @@ def upscale(
     Args:
         pipe: what `effuse.wrap` takes.
         pictures: (B, 3, h, w) in [0, 1].
-        what: prompts, labels or a count, one a picture.
+        what: a prompt or label for all or one a picture; None the empty prompt.
         size: (height, width) in pixels.
         editor: SDEdit of depth 0.5 with deterministic steps, 20 levels of a whole walk, if not
             given.
@@ -68,7 +69,7 @@ def upscale(
     sides = (size, size) if isinstance(size, int) else size
     large = F.interpolate(pictures.float(), sides, mode="bicubic", antialias=True).clamp(0, 1)
     latents = model.codec.encode(large.to(model.device))
-    cond = model.embed(what, negative, guided=guidance != 1)
+    cond = model.embed(rows_of(model, what, len(pictures)), negative, guided=guidance != 1)
     denoiser: Denoiser
     if guidance == 1:
         denoiser = model.denoiser.given(**cond)
