@@ -246,7 +246,7 @@ def test_upscale_enlarges_beyond_the_pipelines_size(folder, tmp_path):
 
     picture, out = tmp_path / "in.png", tmp_path / "large.png"
     to_image(torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))).save(picture)
-    words = ("upscale", folder, picture, "--steps", 4, "--out", out)
+    words = ("upscale", folder, picture, "--steps", 8, "--out", out)
     assert "enlarged to 32 x 32" in run(*words, "--prompt", "red apple", "--tokens", 7)
     assert Image.open(out).height > 64  # plain above ours
     run(*words)
