@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import math
 import statistics
 import time
@@ -250,6 +252,17 @@ def speeds(makers: Mapping[str, Callable[..., Any]], rounds: int) -> dict[str, f
             optimizer.step()
             times[name].append(1e3 * (time.perf_counter() - begun))
     return {name: sorted(found[3:])[rounds // 10] for name, found in times.items()}
+
+
+def peers(name: str) -> dict[str, Callable[..., Any]]:
+    """Return pytorch_optimizer's own of this name, as it comes and with foreach, if installed."""
+    if not importlib.util.find_spec("pytorch_optimizer"):
+        return {}
+    theirs: Any = getattr(importlib.import_module("pytorch_optimizer"), name)
+    return {
+        f"pytorch_optimizer's {name}": theirs,
+        f"pytorch_optimizer's {name} foreach": partial(theirs, foreach=True),
+    }
 
 
 ADAM = (3e-4, 1e-3, 3e-3, 1e-2)

@@ -23,6 +23,7 @@ from ._optimizers import (
     close,
     compare,
     conv,
+    peers,
     speeds,
     tasks,
     train,
@@ -129,6 +130,7 @@ def prove(scale: Scale) -> Evidence:
             "AdamP one at a time": partial(AdamP, foreach=False),
             "AdamW foreach": partial(torch.optim.AdamW, foreach=True),
             "AdamW one at a time": partial(torch.optim.AdamW, foreach=False),
+            **peers("AdamP"),
         },
         scale.pick(5, 100, 300),
     )

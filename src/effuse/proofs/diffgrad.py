@@ -10,7 +10,7 @@ import torch
 from effuse.optim import DiffGrad
 
 from . import Claim, Evidence, Scale, proof
-from ._optimizers import ADAM, baselines, close, compare, speeds, tasks, train
+from ._optimizers import ADAM, baselines, close, compare, peers, speeds, tasks, train
 
 
 def half(params: Any, lr: float) -> torch.optim.Optimizer:
@@ -73,6 +73,7 @@ def prove(scale: Scale) -> Evidence:
         "AdamW foreach": partial(torch.optim.AdamW, foreach=True),
         "DiffGrad": DiffGrad,
         "DiffGrad one at a time": partial(DiffGrad, foreach=False),
+        **peers("DiffGrad"),
     }
     rows.append({"ms_a_step_120_tensors": speeds(timed, scale.pick(5, 50, 200))})
     return Evidence(

@@ -11,7 +11,7 @@ import torch
 from effuse.optim import SGDSaI
 
 from . import Claim, Evidence, Scale, proof
-from ._optimizers import baselines, close, compare, speeds, tasks
+from ._optimizers import baselines, close, compare, peers, speeds, tasks
 
 RATES = (1e-4, 1e-3, 3e-3, 1e-2)
 
@@ -62,6 +62,7 @@ def prove(scale: Scale) -> Evidence:
         "AdamW foreach": partial(torch.optim.AdamW, foreach=True),
         "SGDSaI": SGDSaI,
         "SGDSaI one at a time": partial(SGDSaI, foreach=False),
+        **peers("SGDSaI"),
     }
     rows.append({"ms_a_step_120_tensors": speeds(timed, scale.pick(5, 50, 200))})
     return Evidence(
