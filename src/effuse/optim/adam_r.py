@@ -12,7 +12,7 @@ from torch import Tensor
 from effuse.core.errors import check_choice
 from effuse.core.method import method
 
-from .base import Batch, Together, check_adam, denominators, moments, real
+from .base import Batch, Together, adam, check_adam, moments, real
 
 
 @method(
@@ -110,9 +110,7 @@ class AdamR(Together):
             pull = list(torch._foreach_sign(pull)) if group["penalty"] == "l1" else pull
             size = group["lr"] * group["weight_decay"] / self._spread
             torch._foreach_add_(batch.params, pull, alpha=-size)
-        above = torch._foreach_mul(
-            batch.kept["exp_avg"], [-group["lr"] / c for c in batch.corrections(b1)]
-        )
+        roots, sizes = adam(batch, group["lr"], (b1, b2), group["eps"])
         torch._foreach_addcdiv_(
-            batch.params, above, denominators(batch, b2, group["eps"]), value=1.0
+            batch.params, batch.kept["exp_avg"], roots, [-size for size in sizes]
         )

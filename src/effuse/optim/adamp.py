@@ -13,7 +13,7 @@ from torch import Tensor
 from effuse.core.errors import check_choice
 from effuse.core.method import method
 
-from .base import Batch, Together, check_adam, denominators, in_range, moments, plain, walk
+from .base import Batch, Together, adam, check_adam, each, in_range, moments, plain, walk
 
 VIEWS = ("auto", "channel", "layer", "off")
 
@@ -200,7 +200,7 @@ class AdamP(Projected):
         """Step all tensors of the batch."""
         b1, b2 = group["betas"]
         moments(batch, (b1, b2))
-        roots = denominators(batch, b2, group["eps"])
+        roots, sizes = adam(batch, group["lr"], (b1, b2), group["eps"])
         above = batch.kept["exp_avg"]
         if group["nesterov"]:
             above = list(torch._foreach_lerp(batch.grads, above, b1))
@@ -208,8 +208,9 @@ class AdamP(Projected):
         ratios = self._project(group, batch, updates)
         if group["weight_decay"]:
             decay = group["lr"] * group["weight_decay"]
-            torch._foreach_mul_(batch.params, plain([1 - decay * ratio for ratio in ratios]))
-        walk(batch.params, updates, [group["lr"] / c for c in batch.corrections(b1)])
+            shrink = plain([1 - decay * ratio for ratio in ratios])
+            torch._foreach_mul_(batch.params, each(shrink, batch.params))
+        walk(batch.params, updates, sizes)
 
 
 @method("adamp", example=lambda: SGDP([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1))
@@ -264,7 +265,7 @@ class SGDP(Projected):
     def update(self, group: dict[str, Any], batch: Batch) -> None:
         """Step all tensors of the batch."""
         mu, buffers = group["momentum"], batch.kept["momentum"]
-        torch._foreach_mul_(buffers, mu)
+        torch._foreach_mul_(buffers, each(mu, buffers))
         torch._foreach_add_(buffers, batch.grads, alpha=1 - group["dampening"])
         if group["nesterov"]:
             updates = list(torch._foreach_add(batch.grads, buffers, alpha=mu))
@@ -273,5 +274,6 @@ class SGDP(Projected):
         ratios = self._project(group, batch, updates)
         if group["weight_decay"]:
             decay = group["lr"] * group["weight_decay"] / (1 - mu)
-            torch._foreach_mul_(batch.params, plain([1 - decay * ratio for ratio in ratios]))
+            shrink = plain([1 - decay * ratio for ratio in ratios])
+            torch._foreach_mul_(batch.params, each(shrink, batch.params))
         walk(batch.params, updates, [group["lr"]] * len(updates))

@@ -41,6 +41,17 @@ def plain(numbers: list[float]) -> float | list[float]:
     return numbers[0] if len(set(numbers)) == 1 else numbers
 
 
+def each(numbers: float | list[float], like: list[Tensor]) -> Any:
+    """Return what a foreach operation takes fastest as a number for each of `like`.
+
+    On the CPU a tensor of no axes, repeated, as torch wraps a number anew for every tensor: 54
+    against 173 microseconds for 120 small tensors. Elsewhere the number, which a kernel takes.
+    """
+    if isinstance(numbers, list) or like[0].device.type != "cpu":
+        return numbers
+    return [torch.tensor(numbers, dtype=like[0].dtype)] * len(like)
+
+
 def walk(params: list[Tensor], updates: list[Tensor], sizes: list[float]) -> None:
     """Subtract sizes times updates, in place."""
     size = plain(sizes)
@@ -59,6 +70,11 @@ def in_range(name: str, value: float, low: float, high: float = math.inf) -> Non
 def real(x: Tensor) -> Tensor:
     """Return a view in real numbers: a complex tensor gets a last axis of two."""
     return torch.view_as_real(x) if x.is_complex() else x
+
+
+def reals(tensors: list[Tensor]) -> list[Tensor]:
+    """Return views in real numbers of tensors of one dtype."""
+    return [real(x) for x in tensors] if tensors[0].is_complex() else tensors
 
 
 class Together(Optimizer):
@@ -107,17 +123,19 @@ class Together(Optimizer):
     def _split(self, group: dict[str, Any]) -> list[list[Tensor]]:
         """Return the parameters that have gradients, in lists to update together."""
         lists: dict[Any, list[Tensor]] = {}
+        foreach = group["foreach"]
         for number, p in enumerate(group["params"]):
-            if p.grad is None:
+            grad = p.grad
+            if grad is None:
                 continue
-            if p.grad.is_sparse:
+            if grad.is_sparse:
                 raise ValueError(
                     f"{type(self).__name__} needs dense gradients, got a sparse one of shape "
                     f"{tuple(p.shape)}: make the embedding with sparse=False"
                 )
-            together = group["foreach"]
+            together = foreach
             if together is None:
-                together = p.device.type != "cpu" or p.numel() <= SMALL
+                together = not p.is_cpu or p.numel() <= SMALL
             lists.setdefault((p.device, p.dtype, None if together else number), []).append(p)
         return list(lists.values())
 
@@ -134,13 +152,13 @@ class Together(Optimizer):
                         dtype=torch.float32 if low else None,
                         memory_format=torch.preserve_format,
                     )
-        params = [real(p.float() if low else p) for p in owners]
-        grads = [real(p.grad.float() if low else p.grad) for p in owners if p.grad is not None]
+        params = reals([p.float() for p in owners] if low else owners)
+        grads = reals([p.grad.float() if low else p.grad for p in owners if p.grad is not None])
         if group["maximize"]:
             grads = list(torch._foreach_neg(grads))
         counts = [state["step"] for state in states]
-        torch._foreach_add_(counts, 1)
-        kept = {name: [real(state[name]) for state in states] for name in self.kept}
+        torch._foreach_add_(counts, each(1.0, counts))
+        kept = {name: reals([state[name] for state in states]) for name in self.kept}
         steps = [int(count) for count in counts]
         self.update(group, Batch(params, grads, kept, steps, owners))
         if low:
@@ -161,16 +179,23 @@ def moments(batch: Batch, betas: tuple[float, float], grads: list[Tensor] | None
     """Move exp_avg by (1 - b1)(g - m) and exp_avg_sq to b2 v + (1 - b2) g^2, in place."""
     g = batch.grads if grads is None else grads
     torch._foreach_lerp_(batch.kept["exp_avg"], g, 1 - betas[0])
-    torch._foreach_mul_(batch.kept["exp_avg_sq"], betas[1])
+    torch._foreach_mul_(batch.kept["exp_avg_sq"], each(betas[1], g))
     torch._foreach_addcmul_(batch.kept["exp_avg_sq"], g, g, 1 - betas[1])
 
 
-def denominators(batch: Batch, beta: float, eps: float) -> list[Tensor]:
-    """Return sqrt(v) / sqrt(1 - beta^t) + eps for each parameter."""
+def adam(
+    batch: Batch, lr: float, betas: tuple[float, float], eps: float
+) -> tuple[list[Tensor], list[float]]:
+    """Return roots and sizes such that Adam's step of a numerator m is - sizes m / roots.
+
+    lr / (1 - b1^t) m / (sqrt(v) / c + eps) = lr c / (1 - b1^t) m / (sqrt(v) + eps c),
+    c = sqrt(1 - b2^t): one operation less.
+    """
     roots = list(torch._foreach_sqrt(batch.kept["exp_avg_sq"]))
-    torch._foreach_div_(roots, plain([math.sqrt(c) for c in batch.corrections(beta)]))
-    torch._foreach_add_(roots, eps)
-    return roots
+    corrections = [math.sqrt(c) for c in batch.corrections(betas[1])]
+    torch._foreach_add_(roots, each(plain([eps * c for c in corrections]), roots))
+    first = batch.corrections(betas[0])
+    return roots, [lr * c / m for c, m in zip(corrections, first, strict=True)]
 
 
 def check_adam(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from effuse.core.method import method
 
-from .base import Batch, Together, check_adam, denominators, moments, plain
+from .base import Batch, Together, adam, check_adam, each, moments
 
 
 @method(
@@ -72,7 +72,8 @@ class DiffGrad(Together):
         b1, b2 = group["betas"]
         grads, before = batch.grads, batch.kept["previous_grad"]
         if group["weight_decay"] and group["decoupled"]:
-            torch._foreach_mul_(batch.params, 1 - group["lr"] * group["weight_decay"])
+            shrink = 1 - group["lr"] * group["weight_decay"]
+            torch._foreach_mul_(batch.params, each(shrink, batch.params))
         elif group["weight_decay"]:
             grads = list(torch._foreach_add(batch.grads, batch.params, alpha=group["weight_decay"]))
         moments(batch, (b1, b2), grads)
@@ -81,7 +82,5 @@ class DiffGrad(Together):
         torch._foreach_sigmoid_(friction)
         torch._foreach_copy_(before, grads)
         torch._foreach_mul_(friction, batch.kept["exp_avg"])
-        torch._foreach_mul_(friction, plain([-group["lr"] / c for c in batch.corrections(b1)]))
-        torch._foreach_addcdiv_(
-            batch.params, friction, denominators(batch, b2, group["eps"]), value=1.0
-        )
+        roots, sizes = adam(batch, group["lr"], (b1, b2), group["eps"])
+        torch._foreach_addcdiv_(batch.params, friction, roots, [-size for size in sizes])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from effuse.core.method import method
 
-from .base import Batch, Together, in_range
+from .base import Batch, Together, each, in_range
 
 
 def signal_to_noise(grad: Tensor, eps: float = 1e-8) -> float | None:
@@ -114,9 +114,10 @@ class SGDSaI(Together):
         buffers = [batch.kept["momentum_buffer"][i] for i in ready]
         torch._foreach_lerp_(buffers, grads, 1 - mu)  # of the first gradient with itself: itself
         if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        steps = torch._foreach_mul(buffers, [-lr * scales[i] for i in ready])
-        torch._foreach_add_(params, steps)
+            torch._foreach_mul_(params, each(1 - lr * group["weight_decay"], params))
+        one = torch.ones((), dtype=params[0].dtype, device=params[0].device)
+        sizes = [-lr * scales[i] for i in ready]
+        torch._foreach_addcmul_(params, buffers, [one] * len(ready), sizes)
 
     def scales(self) -> dict[str, float | None]:
         """Return the scale of each parameter by its name, or place; None before it has one."""
