@@ -28,6 +28,7 @@ from effuse.compress.rewire.koala import (
 )
 from effuse.compress.rewire.stages import stage_depths, stage_sizes
 from effuse.compress.units import remove
+from effuse.core import Unsuited
 from effuse.distill.features import FeatureDistillation, PerBatch, listening
 from effuse.distill.taps import Adapter, Tap, pairs
 
@@ -181,7 +182,7 @@ def test_up_stages_need_the_skips_of_their_mirror():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="nothing can go"):
+    with pytest.raises(Unsuited, match="nothing can go"):
         Koala(middle=True).attach(tiny_unet_cond())
     with pytest.raises(TypeError, match="neither"):
         Koala().attach(nn.Linear(2, 2))

@@ -568,6 +568,13 @@ def test_first_step_aligns_bottlenecks_for_half_of_the_run():
     second = objective.loss("student", batch)
     assert {k for k in second.terms} == {"output"}
     torch.testing.assert_close(second.total, 2 * first.terms["output"])
+    told = handle.objective(sam(), 4).train()  # a healing of another length
+    assert ["aligned/mlp" in told.loss("student", batch).terms for _ in range(4)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
     named = inner(model)
     assert named["attn"] == [f"vision_encoder.layers.{i}.attn.qkv" for i in range(3)]
     assert named["mlp"] == [f"vision_encoder.layers.{i}.mlp.lin1" for i in range(3)]

@@ -86,9 +86,9 @@ class Loaded(Applied):
         """See `Applied.observe`."""
         self.handle.observe(calls)
 
-    def objective(self, teacher: nn.Module) -> Objective | None:
+    def objective(self, teacher: nn.Module, steps: int | None = None) -> Objective | None:
         """See `Applied.objective`."""
-        return self.handle.objective(teacher)
+        return self.handle.objective(teacher, steps)
 
     def reset(self) -> None:
         """See `Applied.reset`."""

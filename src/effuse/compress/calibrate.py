@@ -276,7 +276,7 @@ def calls_from_pipeline(
     """
     takes = inspect.signature(type(pipe).__call__).parameters
     key = next((k for k in ("prompt", "class_labels") if k in takes), "batch_size")
-    asked = _asked(pipe, what, key)
+    asked = asked_of(pipe, what, key)
     given: dict[str, Any] = {"num_inference_steps": steps, "output_type": "latent", **more}
     if key == "batch_size":
         given["output_type"] = "np"
@@ -309,7 +309,17 @@ def network_of(pipe: Any) -> nn.Module:
     raise TypeError(f"{type(pipe).__name__} has neither unet nor transformer")
 
 
-def _asked(pipe: Any, what: What, key: str) -> list[Any]:
+def asked_of(pipe: Any, what: What, key: str) -> list[Any]:
+    """Return prompts, labels or numbers: those given, or as many as asked for.
+
+    Args:
+        pipe: a diffusers pipeline.
+        what: prompts or labels, or how many of `PROMPTS`, of the classes, or of samples.
+        key: what the pipeline takes: "prompt", "class_labels" or "batch_size".
+
+    Raises:
+        ValueError: nothing to sample, or not what this pipeline takes.
+    """
     if isinstance(what, bool) or (isinstance(what, int) and what < 1):
         raise ValueError(f"{what!r} prompts: expected a positive number, or prompts or labels")
     if isinstance(what, str):
@@ -356,7 +366,7 @@ def walks(
     model: Any = wrap(pipe)
     takes = inspect.signature(type(pipe).__call__).parameters
     key = next((k for k in ("prompt", "class_labels") if k in takes), "batch_size")
-    asked = _asked(pipe, what, key)
+    asked = asked_of(pipe, what, key)
 
     def draw(rng: torch.Generator) -> Walk:
         pick = torch.randint(len(asked), (batch,), generator=rng).tolist()
@@ -402,7 +412,7 @@ def uniform_calls(
     rng = torch.Generator().manual_seed(seed)
     takes = inspect.signature(type(pipe).__call__).parameters
     key = next((k for k in ("prompt", "class_labels") if k in takes), "batch_size")
-    asked = _asked(pipe, what, key)
+    asked = asked_of(pipe, what, key)
     if clean is None:
         parts = [asked[i : i + batch] for i in range(0, len(asked), batch)]
         drawn = [

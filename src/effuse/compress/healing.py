@@ -20,7 +20,7 @@ from effuse.core.errors import check_fraction, check_whole
 from effuse.core.training import Fit, fit, warmup_cosine
 from effuse.ops import randn_like
 
-from .calibrate import What, _asked, network_of
+from .calibrate import What, asked_of, network_of
 
 _SHARED = ("img_ids", "txt_ids")  # of FLUX: not one row a sample
 
@@ -129,7 +129,7 @@ def own_samples(
     model: Any = wrap(pipe)
     takes = inspect.signature(type(pipe).__call__).parameters
     key = next((k for k in ("prompt", "class_labels") if k in takes), "batch_size")
-    asked: Any = _asked(pipe, what, key)
+    asked: Any = asked_of(pipe, what, key)
     scale = default_of(pipe, "guidance_scale", 1.0) if guidance is None else guidance
     drawer = model if teacher is None else replace(model, network=teacher)
     rng = torch.Generator().manual_seed(seed)

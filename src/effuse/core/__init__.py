@@ -18,7 +18,7 @@ from .contracts import (
     Where,
     everywhere,
 )
-from .errors import MissingExtra, RecipeError, StoreError
+from .errors import MissingExtra, RecipeError, StoreError, Unsuited
 from .exact import Empirical, Gaussian, LowRankMixture, Mixture
 from .method import Card, method, methods
 from .sampling import sample
@@ -47,6 +47,7 @@ __all__ = [
     "StoreError",
     "Time",
     "Transform",
+    "Unsuited",
     "Where",
     "everywhere",
     "fit",

@@ -347,7 +347,11 @@ class Transform(ABC):
 
     @abstractmethod
     def attach(self, model: nn.Module) -> Applied:
-        """Put it on `model`, in place, and return the handle."""
+        """Put it on `model`, in place, and return the handle.
+
+        Raises:
+            Unsuited: the model has nothing for it, by its own word; nothing has been touched.
+        """
 
     def restore(self, model: nn.Module, plan: Mapping[str, Any]) -> Applied:
         """Rebuild on a fresh `model` the structure that `plan` (from `Applied.plan`) describes.
@@ -366,8 +370,11 @@ class Applied(ABC):
     def observe(self, calls: Iterable[Call]) -> None:  # noqa: B027 - optional
         """Calibrate on recorded calls of the model; nothing to do by default."""
 
-    def objective(self, teacher: nn.Module) -> Objective | None:
-        """Return what heals the model from `teacher`'s answers; `None` if nothing needs it."""
+    def objective(self, teacher: nn.Module, steps: int | None = None) -> Objective | None:
+        """Return what heals the model from `teacher`'s answers; `None` if nothing needs it.
+
+        steps: of the healing to come, for losses that fade over it; None if nobody knows.
+        """
         return None
 
     def reset(self) -> None:  # noqa: B027 - optional

@@ -14,6 +14,13 @@ class RecipeError(ValueError):
     """A recipe names an unknown method or field, or orders its kinds in a way that cannot work."""
 
 
+class Unsuited(TypeError):
+    """A model has nothing that a transform, set as it is, could work on; says what it lacks.
+
+    A composition or a search may pass such a pair over; any other error is a mistake.
+    """
+
+
 class MissingExtra(ImportError):
     """An optional package is not installed.
 

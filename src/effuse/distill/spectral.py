@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from effuse.core.contracts import Applied, Call, Loss, Process, Transform, Where, everywhere
-from effuse.core.errors import check_fraction, check_whole
+from effuse.core.errors import Unsuited, check_fraction, check_whole
 from effuse.core.method import method
 from effuse.nn.wavelet import Gates, WGDown, WGUp
 from effuse.ops import expand_as, randn_like
@@ -181,12 +181,12 @@ class WaveletGating(Transform):
         """Swap the layers of `model`.
 
         Raises:
-            TypeError: it has no layer of diffusers that halves or doubles a picture.
+            Unsuited: it has no layer of diffusers that halves or doubles a picture.
             ValueError: `where` forbids all, or a layer's channels are not a multiple of 4.
         """
         found = {n: m for n, m in model.named_modules() if _kind(m)}
         if not found:
-            raise TypeError(
+            raise Unsuited(
                 f"{type(model).__name__} changes no resolution: expected a UNet with Downsample2D "
                 "and Upsample2D"
             )

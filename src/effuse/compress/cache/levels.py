@@ -18,7 +18,7 @@ from typing import Literal
 from torch import nn
 
 from effuse.core.contracts import Where
-from effuse.core.errors import check_choice
+from effuse.core.errors import Unsuited, check_choice
 
 from .gates import (
     Branch,
@@ -310,7 +310,7 @@ def unet_layers(model: nn.Module) -> tuple[list[Found], Found, list[Found]]:
     for side, known, layers in (("down_blocks", DOWN, down), ("up_blocks", UP, up)):
         blocks = getattr(model, side, None)
         if blocks is None:
-            raise TypeError(
+            raise Unsuited(
                 f"{type(model).__name__} has neither {side} nor transformer_blocks: expected a "
                 "diffusers UNet or transformer, or Named(...) for a network of your own"
             )
@@ -339,7 +339,7 @@ def deep_modules(model: nn.Module, deep: int | None) -> Found:
     """Return all modules of the `deep` deepest resolutions of a UNet and its middle, in order."""
     blocks = [len(getattr(model, side, ())) for side in ("down_blocks", "up_blocks")]
     if not any(blocks):
-        raise TypeError(
+        raise Unsuited(
             f"{type(model).__name__} has neither down_blocks nor transformer_blocks: expected a "
             "diffusers UNet or transformer, or Named(...) for a network of your own"
         )

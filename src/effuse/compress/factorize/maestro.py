@@ -364,7 +364,7 @@ class Factored(Swapped):
         """Return what orders the components, on batches of a `call` and its `target`."""
         return LossOverRanks(self.model, task, lasso=lasso, sampling=sampling, whole=whole)
 
-    def objective(self, teacher: nn.Module) -> Objective:
+    def objective(self, teacher: nn.Module, steps: int | None = None) -> Objective:
         """Return what heals from `teacher`: its answers at all ranks, or as cut once it is cut."""
         if self.positions or not self.factors:
             from effuse.distill.features import NormalizedFeatureDistillation

@@ -352,7 +352,7 @@ class Masked(Applied):
         self._narrowing = narrow(self.model, kept)
         self.kept = {n: k for n, k in self._narrowing.kept.items() if len(k) < sizes[n]}
 
-    def objective(self, teacher: nn.Module) -> Objective | None:
+    def objective(self, teacher: nn.Module, steps: int | None = None) -> Objective | None:
         """Return the feature distillation from `teacher`; None if nothing was cut.
 
         Healing changes weights in place; `detach` puts those of this moment back.

@@ -256,7 +256,7 @@ class Pruned(Applied):
         self._removal = remove(self.model, names)
         self.removed = list(names)
 
-    def objective(self, teacher: nn.Module) -> Objective | None:
+    def objective(self, teacher: nn.Module, steps: int | None = None) -> Objective | None:
         """Return the normalized feature distillation from `teacher`; None if nothing was removed.
 
         Healing changes weights in place; `detach` puts those of this moment back.

@@ -413,19 +413,20 @@ class Slimmed(Applied):
         self._way_back.append(narrow(self.model, found, keep, self.transform.reset_tables))
         self.kept[stage] = {k: v.cpu() for k, v in keep.items()}
 
-    def objective(self, teacher: nn.Module) -> Objective | None:
+    def objective(self, teacher: nn.Module, steps: int | None = None) -> Objective | None:
         """Return what heals what was narrowed last from `teacher`; None if nothing was.
 
-        The stream alone: answers, and bottlenecks for the first half of `steps`. Bottlenecks: also
-        the blocks and answers of the network before, fading. Both at once: answers only, as no
-        width is left to compare. Healing changes weights in place; `detach` puts them back.
+        The stream alone: answers, and bottlenecks for the first half of `steps` (the transform's if
+        None). Bottlenecks: also the blocks and answers of the network before, fading. Both at once:
+        answers only, as no width is left to compare. Healing changes weights in place; `detach`
+        puts them back.
         """
         if not self.kept:
             return None
         if not self._unhealed:
             every = [*self.model.parameters(), *self.model.buffers()]
             self._unhealed = [(p, p.detach().clone()) for p in every]
-        steps = self.transform.steps
+        steps = steps or self.transform.steps
         last = list(self.kept)[-1]
         if self._previous is not None and last == "bottleneck":
             return AlignedDistillation(

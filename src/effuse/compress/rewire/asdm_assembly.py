@@ -290,7 +290,7 @@ class Assembled(Applied):
         setattr(owner, child, CondConv2d.from_convs(convs, router=router))
         self.experts[name] = len(convs)
 
-    def objective(self, teacher: nn.Module) -> Objective:
+    def objective(self, teacher: nn.Module, steps: int | None = None) -> Objective:
         """Return the joint stage of the distillation: stage features and output, and the task.
 
         From here on a copy of the weights is kept, for `detach`.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from effuse.compress.units import parameters
 from effuse.core.contracts import Applied, Objective, Transform, Where, everywhere
-from effuse.core.errors import check_fraction, check_whole
+from effuse.core.errors import Unsuited, check_fraction, check_whole
 from effuse.core.method import method
 from effuse.distill.features import (
     FeatureDistillation,
@@ -199,8 +199,9 @@ class Koala(Transform):
         """Cut `model` in place.
 
         Raises:
-            TypeError: it is neither a UNet nor a transformer of diffusers.
-            ValueError: what stays does not fit together, or nothing could go though it should.
+            Unsuited: it is neither a UNet nor a transformer of diffusers, or so small that nothing
+                can go.
+            ValueError: what stays does not fit together.
         """
         plan = self.choose(model)
         sizes, depths = stage_sizes(model), stage_depths(model)
@@ -208,7 +209,7 @@ class Koala(Transform):
         shorter |= any(len(k) < depths.get(n, 0) for n, k in plan.blocks.items())
         asked = self.keep < 1 or self.depth < 1 or not self.middle
         if self.plan is None and asked and not shorter:
-            raise ValueError(
+            raise Unsuited(
                 f"{type(model).__name__} with layers {sizes} of depth {depths}: nothing can go at "
                 f"keep={self.keep:g}, depth={self.depth:g}, middle={self.middle}; ask for less, or "
                 "use a method that removes units"
@@ -277,7 +278,7 @@ class Shortened(Applied):
             )
         return out
 
-    def objective(self, teacher: nn.Module) -> Objective:
+    def objective(self, teacher: nn.Module, steps: int | None = None) -> Objective:
         """Return the losses of the paper; from here on a copy of the weights is kept, for `detach`.
 
         Raises:

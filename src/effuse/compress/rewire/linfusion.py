@@ -166,7 +166,7 @@ class Linearized(Swapped):
             for hook in hooks:
                 hook.remove()
 
-    def objective(self, teacher: nn.Module) -> Objective:
+    def objective(self, teacher: nn.Module, steps: int | None = None) -> Objective:
         """Return the paper's loss, under which only the new layers learn.
 
         L = L_task + 0.5 L_out + 0.5 mean over layers ||out_S - out_T||^2, means over elements

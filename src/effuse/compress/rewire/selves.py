@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from effuse.core.contracts import Where, everywhere
+from effuse.core.errors import Unsuited
 from effuse.nn.attention import SelfAttention
 
 # processors that do nothing but softmax(q k^T) v, with or without slices
@@ -26,7 +27,7 @@ def self_attentions(model: nn.Module, where: Where = everywhere) -> list[str]:
     does more than attention (rotary positions, adapters).
 
     Raises:
-        TypeError: the network has no such layer; says what it has instead.
+        Unsuited: the network has no such layer; says what it has instead.
         ValueError: it has, but `where` allows none.
     """
     found: list[str] = []
@@ -42,7 +43,7 @@ def self_attentions(model: nn.Module, where: Where = everywhere) -> list[str]:
                 found.append(name)
     if not found:
         listed = "; ".join(f"{n} {w}" for n, w in list(odd.items())[:2]) or "no attention at all"
-        raise TypeError(
+        raise Unsuited(
             f"{type(model).__name__} has no plain self-attention layer to replace ({listed}): "
             "expected a UNet, DiT or PixArt network"
         )

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from effuse.compress.units import Nothing, Pass
+from effuse.core.errors import Unsuited
 
 Kept = Mapping[str, tuple[int, ...]]
 """Indices of the layers that stay, by stage; a stage that is not named stays whole."""
@@ -30,7 +31,7 @@ def stage_sizes(model: nn.Module) -> dict[str, int]:
     if sizes:
         return sizes
     if not hasattr(model, "down_blocks") or not hasattr(model, "up_blocks"):
-        raise TypeError(
+        raise Unsuited(
             f"{type(model).__name__} has neither down_blocks nor transformer_blocks: expected a "
             "diffusers UNet or transformer"
         )
