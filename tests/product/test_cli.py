@@ -250,7 +250,7 @@ def test_upscale_enlarges_beyond_the_pipelines_size(folder, tmp_path):
     assert "enlarged to 32 x 32" in run(*words, "--prompt", "red apple", "--tokens", 7)
     assert Image.open(out).height > 64  # plain above ours
     run(*words)
-    with pytest.raises(ValueError, match="depth=1.5"):
+    with pytest.raises(ValueError, match=r"depth=1\.5"):
         run(*words, "--depth", 1.5)
 
 

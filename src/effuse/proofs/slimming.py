@@ -2,15 +2,19 @@
 
 What is removed: parameters of the network for those that prune it, a picture's multiply-accumulates
 for caches, factors and fewer steps. A table, not a race: both are measured of all. Each pipeline is
-measured by a process of its own.
+measured by a process of its own, which notes in the user's cache what it has measured: broken off
+and called again with the same code, the proof goes on where it was.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import multiprocessing
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,12 +91,38 @@ def _bare(text: str) -> str:
     return " ".join(w for w in text.split() if w not in ("fluent", "noto", "twemoji"))
 
 
-def table(bench: Bench, ways: Sequence[Way], shares: Sequence[float]) -> list[Row]:
-    """Return a row for the original, then for every way and share; refusals say why."""
+def notes_of(name: str, size: str) -> Path:
+    """Return where the rows of a pipeline are noted: another file for another state of the code."""
+    import effuse
+    from effuse.house.data import cache_folder
+
+    code = hashlib.sha256()
+    for file in sorted(Path(effuse.__file__).parent.rglob("*.py")):
+        code.update(file.read_bytes())
+    return cache_folder() / "proofs" / f"slimming-{name}-{size}-{code.hexdigest()[:12]}.jsonl"
+
+
+def table(
+    bench: Bench, ways: Sequence[Way], shares: Sequence[float], noted: Path | None = None
+) -> list[Row]:
+    """Return a row for the original, then for every way and share; refusals say why.
+
+    noted: file of rows that are there already, to which the others are added, one list a line.
+    """
+    done: dict[tuple[str, str, float], list[Row]] = {}
+    if noted is not None and noted.is_file():
+        whole = noted.read_text().rpartition("\n")[0]
+        noted.write_text(whole + "\n" * bool(whole))  # without a line that was broken off
+        for line in whole.splitlines():
+            network, variant, at, known = json.loads(line)
+            done[network, variant, at] = known
     rows = [bench.row("original", "", 0.0, bench.pipe, Cheaper(bench.solver, bench.steps))]
     todo = [(w, s) for w in ways for s in (shares[:1] if w.once else shares)]
     log = Console(stderr=True).log
     for way, share in todo:
+        if (bench.name, way.name, share) in done:
+            rows += done[bench.name, way.name, share]
+            continue
         log(f"{bench.name}: {way.name}, {share:.0%}")
         pipe = bench.load()
         cost.denoising_network(pipe).requires_grad_(True)
@@ -111,6 +141,10 @@ def table(bench: Bench, ways: Sequence[Way], shares: Sequence[float]) -> list[Ro
             if "score" in row:
                 row["share"] = 1 - row[way.of] / rows[0][way.of]
         rows += found
+        if noted is not None:
+            noted.parent.mkdir(parents=True, exist_ok=True)
+            with noted.open("a") as file:
+                file.write(json.dumps([bench.name, way.name, share, found]) + "\n")
     return rows
 
 
@@ -147,13 +181,14 @@ def measured(name: str, size: str, threads: int) -> tuple[list[Row], list[Claim]
     bench = bench_of(name, scale)
     shares = scale.pick((0.3,), (0.3, 0.5), SHARES)
     ways = [w for w in WAYS if scale.size != "smoke" or w.name in QUICK]
-    rows = table(bench, ways, shares)
+    noted = notes_of(name, size) if scale.size == "proof" else None
+    rows = table(bench, ways, shares, noted)
     rows += final(bench, rows, 0.3) if scale.size != "smoke" else []
     claims = [*_parameters(bench.name, rows), *_calls(bench.name, rows)]
     for solver, steps in ((DDIM(), 50), (Momentum(), 20)) if scale.size == "proof" else ():
         other = replace(bench, solver=solver, steps=steps, first=None)
         other.name = f"{bench.name}, {type(solver).__name__} in {steps} steps"
-        found = table(other, CACHES, (0.5,))
+        found = table(other, CACHES, (0.5,), noted)
         rows += found
         claims += _calls(other.name, found)
     return rows, claims
@@ -170,6 +205,8 @@ def prove(scale: Scale) -> Evidence:
         with ProcessPoolExecutor(len(names), multiprocessing.get_context("spawn")) as pool:
             runs = [pool.submit(measured, n, scale.size, threads) for n in names]
             parts = [r.result() for r in runs]
+        for name in names:
+            notes_of(name, scale.size).unlink(missing_ok=True)
     return Evidence(
         [c for _, claims in parts for c in claims],
         [r for rows, _ in parts for r in rows],
