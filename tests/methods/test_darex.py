@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tracemalloc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +17,20 @@ from effuse.compress.prune.darex import (
     analytical_q,
     closed_q,
     error_moments,
-    find_q,
     merge,
     merge_files,
-    output_change,
     random_keep,
     sub_gaussian,
+)
+from effuse.compress.prune.rescale import (
+    Change,
+    Labels,
+    TopLogits,
+    average_q,
+    find_q,
+    learn_q,
+    output_change,
+    select,
 )
 from effuse.optim import AdamR
 
@@ -166,13 +175,121 @@ def test_find_q_beats_dare_on_the_output():
     net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 8))
     base = {k: normal(*v.shape, scale=0.2) for k, v in net.state_dict().items()}
     tuned = {k: v + normal(*v.shape, seed=1, scale=0.2) for k, v in base.items()}
-    calls = [((normal(16, 64, seed=s),), {}) for s in range(2)]
+    calls: list[Any] = [((normal(16, 64, seed=s),), {}) for s in range(2)]
     dare = Delta.between(tuned, base).prune(0.95)
     ours = find_q(dare, net, base, tuned, calls)
     assert dare.q == pytest.approx(0.05)
     wanted = [torch.func.functional_call(net, tuned, x).detach().double() for x, _ in calls]
     losses = [output_change(c, net, base, wanted, calls) for c in (ours, dare)]
     assert losses[0] < 0.7 * losses[1]
+
+
+def small_problem(rows=16):
+    net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 8))
+    base = {k: normal(*v.shape, scale=0.2) for k, v in net.state_dict().items()}
+    tuned = {k: v + normal(*v.shape, seed=1, scale=0.2) for k, v in base.items()}
+    calls: list[Any] = [((normal(rows, 64, seed=s),), {}) for s in range(2)]
+    wanted = [torch.func.functional_call(net, tuned, x).detach().double() for x, _ in calls]
+    return net, base, tuned, calls, wanted
+
+
+def test_top_logits_look_at_the_fine_tunes_largest():
+    """Only the two largest of what was wanted count, wherever the output has its own."""
+    wanted = torch.tensor([[0.0, 5.0, 1.0, 4.0]])
+    output = torch.tensor([[9.0, 4.0, 9.0, 2.0]])
+    assert float(TopLogits(2).loss(output, wanted, 0)) == pytest.approx((1 + 4) / 2)
+    assert float(TopLogits(9).loss(wanted, wanted, 0)) == 0
+    assert float(Change().loss(output, wanted, 0)) == pytest.approx((9 + 1 + 8 + 2) / 4)
+
+
+def test_labels_choose_another_q_than_outputs():
+    """With labels that like the base, q goes to 1; the loss of each call is its own."""
+    net, base, tuned, calls, _ = small_problem()
+    dare = Delta.between(tuned, base).prune(0.9)
+    bare = [torch.func.functional_call(net, base, x).detach().double() for x, _ in calls]
+    losses = [lambda out, b=b: (out - b).square().mean() for b in bare]
+    found = find_q(dare, net, base, tuned, calls, by=Labels(losses), patience=60)
+    assert found.q > 0.99
+    with pytest.raises(ValueError, match="one for every call"):
+        find_q(dare, net, base, tuned, calls, by=Labels(losses[:1]))
+
+
+def test_average_q_leaves_the_farthest_out():
+    net, base, tuned, calls, _ = small_problem(4)
+    delta = Delta.between(tuned, base)
+    each = [find_q(delta.prune(0.9, seed=s), net, base, tuned, calls).q for s in range(4)]
+    mean = sum(each) / 4
+    left = sorted(each, key=lambda q: abs(q - mean))[:3]
+    found = average_q(delta, 0.9, net, base, tuned, calls)
+    assert found == pytest.approx(sum(left) / 3)
+
+
+def test_learned_q_is_better_than_one_for_all_and_is_kept():
+    """A q a tensor: at least 1 - p, no worse by its own measure than DARE, saved with the rest."""
+    net, base, tuned, calls, _ = small_problem()
+    tuned["2.weight"] = base["2.weight"]  # this tensor needs no q, the other one does
+    dare = Delta.between(tuned, base).prune(0.95)
+    ours = learn_q(dare, net, base, tuned, calls, by=TopLogits(8), lr=3e-2)
+    assert set(ours.layer_q) == set(base)
+    assert all(0.05 - 1e-9 <= q <= 1 for q in ours.layer_q.values())
+    wanted = [torch.func.functional_call(net, tuned, x).detach().double() for x, _ in calls]
+    losses = [output_change(c, net, base, wanted, calls, TopLogits(8)) for c in (ours, dare)]
+    assert losses[0] < 0.7 * losses[1]
+    still = learn_q(Delta.between(tuned, base).prune(0.0), net, base, tuned, calls)
+    assert still.q == 1
+    assert not still.layer_q
+
+
+def test_select_takes_the_least_change_of_outputs():
+    """A change in a few places is kept by magnitude; one everywhere is not."""
+    net, base, tuned, calls, wanted = small_problem()
+    few = {k: v.clone() for k, v in base.items()}
+    few["0.weight"][:2] += 3.0
+    found = select(Delta.between(few, base), 0.95, net, base, few, calls)
+    assert found.name == "magnitude"
+    assert found.losses["magnitude"] == min(found.losses.values())
+    assert "keeps most" in found.advice
+    spread = select(Delta.between(tuned, base), 0.99, net, base, tuned, calls)
+    assert spread.losses["DAREx-q"] < spread.losses["DARE"]
+    assert "AdamR" in spread.advice
+    by_hand = output_change(spread.pruned, net, base, wanted, calls)
+    assert spread.losses[spread.name] == pytest.approx(by_hand)
+
+
+def test_heads_go_together():
+    """The same heads go from queries, keys, values, their biases and the output's columns."""
+    shape = {"to_q.weight": (60, 8), "to_v.weight": (60, 8), "to_q.bias": (60,)}
+    masks = {n: random_keep(s, 0.5, "head:3", 4, f"x.attn1.{n}") for n, s in shape.items()}
+    out = random_keep((8, 60), 0.5, "head:3", 4, "x.attn1.to_out.0.weight")
+    heads = masks["to_q.bias"].reshape(20, 3)
+    assert (heads.all(1) | ~heads.any(1)).all()
+    assert 0 < heads[:, 0].sum() < 20
+    for name in ("to_q.weight", "to_v.weight"):
+        assert torch.equal(masks[name], masks["to_q.bias"][:, None].expand(60, 8))
+    assert torch.equal(out, masks["to_q.bias"][None].expand(8, 60))
+    other = random_keep((6, 30), 0.5, "head:3", 4, "x.ff.net.2.weight")
+    assert 60 < other.sum() < 120
+    with pytest.raises(ValueError, match="heads of 7"):
+        random_keep((60, 8), 0.5, "head:7", 4, "x.attn1.to_q.weight")
+    with pytest.raises(ValueError, match="structure"):
+        Delta.between(*two()).prune(0.5, structure="head")
+
+
+def test_lora_files_of_diffusers():
+    """Names of one component, and the alpha of each layer."""
+    a, b = normal(4, 50), normal(40, 4, seed=1)
+    file = {
+        "unet.a.lora_A.weight": a,
+        "unet.a.lora_B.weight": b,
+        "unet.a.alpha": torch.tensor(2.0),
+        "text_encoder.a.lora_A.weight": a,
+        "text_encoder.a.lora_B.weight": b,
+    }
+    delta = Delta.of_lora(file, prefix="unet.")
+    assert list(delta.finetuned.names()) == ["a.weight"]
+    torch.testing.assert_close(delta["a.weight"].float(), 0.5 * b @ a)
+    with pytest.raises(ValueError, match="transformer"):
+        Delta.of_lora(file, prefix="transformer.")
 
 
 def test_refusals():
@@ -222,7 +339,8 @@ def test_memory_holds_one_tensor_of_the_fine_tune(tmp_path):
             {f"w{i}": normal(size, seed=100 * seed + i) for i in range(count)},
             tmp_path / f"{file}.safetensors",
         )
-    alive, most = [], 0
+    alive: list[Any] = []
+    most = 0
     delta = Delta.between(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     for _, change in delta.items():
         alive = [ref for ref in alive if ref() is not None]

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effuse.compress.prune.darex import Delta, find_q
+from effuse.compress.prune.darex import Delta
+from effuse.compress.prune.rescale import find_q
 from effuse.ops.stats import paired
 from effuse.optim import AdamR
 
