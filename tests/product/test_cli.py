@@ -61,10 +61,14 @@ def test_slim_saves_measures_and_reports(folder, tmp_path):
     recipe.write_text(
         "methods:\n  - laptop_diff: {keep: 0.9}\n  - int8: {}\n  - momentum: {steps: 2}\n"
         "calibration: {prompts: [red apple], steps: 2, calls: 2, batch: 2}\n"
+        "healing: {prompts: [red apple], judged: 2, rows: 2}\n"
     )
     out = tmp_path / "out"
-    shown = run("slim", folder, "--recipe", recipe, "--out", out, "--pictures", 4, "--steps", 4)
+    args = ("slim", folder, "--recipe", recipe, "--out", out, "--pictures", 4, "--steps", 4)
+    shown = run(*args, "--heal", 0.01)
     assert "laptop_diff" in shown
+    assert "healing of laptop_diff" in shown
+    assert "judged_by dB to the original" in " ".join(shown.split())
     assert (out / "pipeline" / "model_index.json").is_file()
     page = (out / "report" / "index.html").read_text()
     assert "laptop_diff" in page

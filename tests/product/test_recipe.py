@@ -12,9 +12,9 @@ import yaml
 from tests.tiny import tiny_sd
 
 import effuse
-from effuse.core import training
+from effuse.compress import healing
 from effuse.core.errors import RecipeError
-from effuse.recipe import On, Recipe, Sampler, parse, shipped, slim
+from effuse.recipe import On, Recipe, Sampler, healed, parse, shipped, slim
 from effuse.solvers import Heun
 
 FOUR = {
@@ -141,29 +141,98 @@ def test_a_transform_goes_on_another_component():
         slim(pipe, [On("text_encoder_2", result.recipe.items[0].transform)])
 
 
-def test_interrupted_healing_goes_on_where_it_was(tmp_path, monkeypatch):
-    recipe = {**FOUR, "methods": FOUR["methods"][:1], "healing": {"steps": 6, "ema": None}}
-    whole = pictures(slim(tiny_sd(), recipe, progress=False).pipe)
-    real, calls = training.fit, []
+HEALED = {
+    **FOUR,
+    "methods": FOUR["methods"][:1],
+    "healing": {"steps": 6, "prompts": ["green leaf", "dog"], "judged": 2, "rows": 2, "lr": 1e-2},
+}
+
+
+def broken_off(monkeypatch, after):
+    """Stop healing after so many steps; return the list of steps that were made."""
+    real, made = healing.fit, []
 
     def stopped(*args, **kwargs):
         def stop(step, losses):
-            calls.append(step)
-            if len(calls) == 4:
+            made.append(step)
+            if len(made) == after:
                 raise KeyboardInterrupt
 
         return real(*args, **{**kwargs, "on_step": stop, "save_every": 2})
 
-    monkeypatch.setattr(training, "fit", stopped)
+    monkeypatch.setattr(healing, "fit", stopped)
+    return made
+
+
+def judged_as(monkeypatch, *scores):
+    """Let the judge say these, one after the other, whatever the pictures."""
+    said = iter(scores * 4)
+    monkeypatch.setattr(healed.Judge, "__call__", lambda *_: next(said))
+
+
+def test_interrupted_healing_goes_on_where_it_was(tmp_path, monkeypatch):
+    judged_as(monkeypatch, 1.0, 2.0)
+    whole = pictures(slim(tiny_sd(), HEALED, progress=False).pipe)
+    steps = broken_off(monkeypatch, after=4)
+    judged_as(monkeypatch, 1.0)
     pipe = tiny_sd()
     before = pictures(pipe)
     with pytest.raises(KeyboardInterrupt):
-        slim(pipe, recipe, progress=False, work=tmp_path / "work")
+        slim(pipe, HEALED, progress=False, work=tmp_path / "work")
     np.testing.assert_array_equal(pictures(pipe), before)
-    again = slim(pipe, recipe, progress=False, work=tmp_path / "work")
-    assert calls == [1, 2, 3, 4, 3, 4, 5, 6]
+    judged_as(monkeypatch, 1.0, 2.0)
+    again = slim(pipe, HEALED, progress=False, work=tmp_path / "work")
+    assert steps == [1, 2, 3, 4, 3, 4, 5, 6]
     np.testing.assert_array_equal(pictures(again.pipe), whole)
     assert not (tmp_path / "work").exists()
+    np.testing.assert_array_equal(pictures(again.undo()), before)
+
+
+def test_after_an_interruption_one_can_do_without_healing(tmp_path, monkeypatch):
+    """What was put on before is there: nothing is chosen anew."""
+    plain = {k: v for k, v in HEALED.items() if k != "healing"}
+    wanted = pictures(slim(tiny_sd(), plain).pipe)
+    broken_off(monkeypatch, after=1)
+    with pytest.raises(KeyboardInterrupt):
+        slim(tiny_sd(), HEALED, progress=False, work=tmp_path / "work")
+    chosen = type(parse(plain).transforms[0])
+    pipe = tiny_sd()
+    before = pictures(pipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(chosen, "attach", lambda *_: pytest.fail("chosen anew"))
+        found = slim(pipe, plain, work=tmp_path / "work")
+    np.testing.assert_array_equal(pictures(found.pipe), wanted)
+    assert found.reports()[0]["method"] == "laptop_diff"
+    np.testing.assert_array_equal(pictures(found.undo()), before)
+
+
+@pytest.mark.parametrize(("scores", "kept"), [((2.0, 1.0), "unhealed"), ((1.0, 2.0), "healed")])
+def test_healing_stays_only_where_pictures_get_no_worse(monkeypatch, scores, kept):
+    plain = {k: v for k, v in HEALED.items() if k != "healing"}
+    unhealed = pictures(slim(tiny_sd(), plain).pipe)
+    judged_as(monkeypatch, *scores)
+    found = slim(tiny_sd(), HEALED, progress=False)
+    told = found.reports()[1]
+    assert (told["method"], told["kept"], told["steps"]) == ("healing of laptop_diff", kept, 6)
+    assert np.array_equal(pictures(found.pipe), unhealed) == (kept == "unhealed")
+    assert (told["unhealed"], told["healed"]) == scores
+
+
+def test_each_method_heals_with_its_share_of_the_steps():
+    methods = [{"laptop_diff": {"keep": 0.9}}, {"maestro": {"keep": 0.9}}, {"int8": {}}]
+    found = slim(tiny_sd(), {**HEALED, "methods": methods}, progress=False)
+    told = {r["method"]: r.get("steps") for r in found.reports()}
+    assert told["healing of laptop_diff"] == told["healing of maestro"] == 3
+    assert "healing of int8" not in told
+
+
+def test_healing_needs_something_to_heal():
+    with pytest.raises(RecipeError, match="nothing to heal"):
+        slim(tiny_sd(), {"methods": [{"int8": {}}], "healing": {"minutes": 1}})
+    with pytest.raises(RecipeError, match="minutes=-1"):
+        parse({"methods": [{"int8": {}}], "healing": {"minutes": -1}})
+    with pytest.raises(RecipeError, match=r"Own\(\), Stages\(\) or Answers\(\)"):
+        parse({"methods": [{"int8": {}}], "healing": {"features": 3}})
 
 
 def test_a_bare_solver_is_a_sampler():

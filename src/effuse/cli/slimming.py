@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,9 @@ def slim(
     steps: Annotated[int | None, typer.Option(help="sampling steps of the original")] = None,
     seed: Annotated[int, typer.Option(help="first seed of the pictures")] = 0,
     report: Annotated[bool, typer.Option(help="measure before and after")] = True,
+    heal: Annotated[
+        float | None, typer.Option(help="minutes to learn from the original; 0 is none")
+    ] = None,
 ) -> None:
     """Apply a recipe, save the pipeline, measure before and after, write the report page.
 
@@ -35,6 +39,8 @@ def slim(
     if pictures < 2:
         raise ValueError(f"pictures={pictures}: expected two or more, intervals need them")
     plan = parse(recipe)
+    if heal is not None:
+        plan = replace(plan, healing=replace(plan.healing, minutes=heal))
     with claimed(out):
         if _holds_other_things(out):
             raise ValueError(f"{out}: holds other things, expected a new or empty folder")
@@ -57,7 +63,8 @@ def slim(
                 pictures=pictures,
                 seed=seed,
                 steps=steps,
-                command=f"effuse slim {pipeline} --recipe {Path(recipe).name} --out {out.name}",
+                command=f"effuse slim {pipeline} --recipe {Path(recipe).name} --out {out.name}"
+                + (f" --heal {heal:g}" if heal is not None else ""),
             )
             show_table(page)
             console.print(f"report [bold]{page.path}[/]")

@@ -8,8 +8,10 @@ pictures; stage features help more than any choice of data; pictures keep their 
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -158,6 +160,60 @@ def own_samples(
     return Spoiled(model, clean, cond, rows, empty)
 
 
+class Features(ABC):
+    """Says what a healed network is compared by with its teacher. A frozen dataclass."""
+
+    @abstractmethod
+    def goal(
+        self, handle: Applied, teacher: nn.Module, steps: int | None = None
+    ) -> Objective | None:
+        """Return the objective; None if the handle's network has nothing to heal.
+
+        steps: of the healing, where known.
+        """
+
+
+@dataclass(frozen=True)
+class Own(Features):
+    """What the method itself says, its `objective`: stage features where units were removed."""
+
+    def goal(
+        self, handle: Applied, teacher: nn.Module, steps: int | None = None
+    ) -> Objective | None:
+        """See `Features.goal`."""
+        return handle.objective(teacher, steps)
+
+
+@dataclass(frozen=True)
+class Stages(Features):
+    """Answers and stage features of comparable size, whatever the method: widths must agree."""
+
+    def goal(
+        self, handle: Applied, teacher: nn.Module, steps: int | None = None
+    ) -> Objective | None:
+        """See `Features.goal`."""
+        from effuse.distill.features import NormalizedFeatureDistillation
+
+        if handle.objective(teacher, steps) is None:
+            return None
+        return NormalizedFeatureDistillation(teacher, handle.model)
+
+
+@dataclass(frozen=True)
+class Answers(Features):
+    """Answers alone, with the task."""
+
+    def goal(
+        self, handle: Applied, teacher: nn.Module, steps: int | None = None
+    ) -> Objective | None:
+        """See `Features.goal`."""
+        from effuse.distill.features import FeatureDistillation
+
+        if handle.objective(teacher, steps) is None:
+            return None
+        return FeatureDistillation(teacher, handle.model, [])
+
+
 def heal(
     pipe: Any,
     handle: Applied,
@@ -170,6 +226,7 @@ def heal(
     lr: float = 3e-4,
     seed: int = 0,
     progress: bool = True,
+    folder: str | Path | None = None,
 ) -> Fit:
     """Heal the network of a slimmed pipeline in place, from its teacher's answers.
 
@@ -184,12 +241,14 @@ def heal(
         lr: of AdamW without decay, with warm-up and a cosine down.
         seed: of the batches.
         progress: show a bar.
+        folder: of a checkpoint; broken off and called again, it goes on where it was.
 
     Raises:
         ValueError: the handle needs no healing.
     """
     check_whole("steps", steps, 1)
-    own = handle.objective(teacher)  # from here on, detach puts weights back too
+    known = steps if minutes is None else None
+    own = handle.objective(teacher, known)  # from here on, detach puts weights back too
     goal = objective or own
     if goal is None:
         raise ValueError(f"{type(handle.transform).__name__} changed nothing that could be healed")
@@ -208,6 +267,8 @@ def heal(
             schedule=warmup_cosine(),
             minutes=minutes,
             progress=progress,
+            folder=folder,
+            save_every=50,
         )
     finally:
         network.eval()

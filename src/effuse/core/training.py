@@ -78,7 +78,7 @@ class Ema:
 class Fit:
     """What a finished (or stopped) training gives back.
 
-    step: steps done in all; seconds: of this run; history: one row a logged step;
+    step, seconds: in all, those before a resume counted in; history: one row a logged step;
     ema: the average, if one was asked for: `ema.copy_to()` puts it in place.
     """
 
@@ -143,7 +143,8 @@ def fit(
         save_every: steps between checkpoints.
         log_every: steps between log rows.
         minutes: if given, the schedule and the end follow the clock instead, whichever of `steps`
-            and `minutes` comes first; such a run is not deterministic.
+            and `minutes` comes first, those before a resume counted in; such a run is not
+            deterministic.
         progress: show a progress bar with the time left.
         accelerator: bring your own; by default one is made.
 
@@ -177,8 +178,9 @@ def fit(
     tuned = {n: engine.prepare(o) for n, o in optimizers.items()}
     draw = _source(batches, rng, first)
     owned = {n: objective.parameters_of(n) for n in players}
-    begun, done = time.perf_counter(), first
-    out = Fit(first, 0.0, [], average)
+    spent = store.seconds if store else 0.0
+    begun, done = time.perf_counter() - spent, first
+    out = Fit(first, spent, [], average)
     objective.train()
     bar = _bar(steps, first, progress and engine.is_main_process)
     with bar as tick:
@@ -224,11 +226,11 @@ def fit(
                 tick(done, row)
             stop = bool(on_step(done, losses)) if on_step else False
             if store and engine.is_main_process and (stop or done % save_every == 0):
-                store.save(done)
+                store.save(done, out.seconds)
             if stop:
                 break
     if store and engine.is_main_process:
-        store.save(done)
+        store.save(done, out.seconds)
     return out
 
 
@@ -321,7 +323,7 @@ class _Store:
         average: Ema | None,
         rng: torch.Generator,
     ):
-        self.folder, self.file = folder, folder / "checkpoint.pt"
+        self.folder, self.file, self.seconds = folder, folder / "checkpoint.pt", 0.0
         self.objective, self.optimizers, self.average, self.rng = (
             objective,
             dict(optimizers),
@@ -334,10 +336,11 @@ class _Store:
         moving = {n: p for n, p in self.objective.named_parameters() if p.requires_grad}
         return moving | dict(self.objective.named_buffers())
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, seconds: float) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {
             "step": step,
+            "seconds": seconds,
             "weights": {n: p.detach() for n, p in self._trained().items()},
             "optimizers": {n: o.state_dict() for n, o in self.optimizers.items()},
             "ema": self.average.state_dict() if self.average else None,
@@ -369,6 +372,7 @@ class _Store:
             self.average.load_state_dict(state["ema"])
         self.rng.set_state(state["rng"])
         torch.set_rng_state(state["torch_rng"])
+        self.seconds = float(state.get("seconds", 0.0))
         return int(state["step"])
 
     def log(self, row: Mapping[str, float]) -> None:

@@ -1,6 +1,6 @@
 """A recipe: an ordered list of methods, applied to a pipeline, undone, saved."""
 
-from .applied import Slim, heal, load, network_name, slim
+from .applied import Slim, load, network_name, slim
 from .written import (
     ORDER,
     Calibration,
@@ -31,7 +31,6 @@ __all__ = [
     "call_settings",
     "check_order",
     "class_of",
-    "heal",
     "kind_of",
     "label_of",
     "load",

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effuse.core.contracts import Applied, Objective
+from effuse.core.contracts import Applied
 from effuse.core.errors import RecipeError
 
+from .healed import Healer, heals, keep, kept, key_of
 from .written import (
-    Healing,
     Item,
     On,
     Recipe,
@@ -35,7 +34,8 @@ class Slim:
     """A pipeline with a recipe on it; the pipeline stays a diffusers pipeline.
 
     pipe: changed in place. before: the pipeline as it was, sharing all untouched parts; None if
-    it was not kept. applied: (component, handle) in the order of application; noted: their reports.
+    it was not kept. applied: (component, handle) in the order of application; noted: their reports,
+    and those of healing. taken_up: originals of networks whose run was broken off before.
     """
 
     pipe: DiffusionPipeline
@@ -44,6 +44,7 @@ class Slim:
     before: DiffusionPipeline | None
     scheduler: Any
     noted: list[dict[str, Any]] = field(default_factory=list)
+    taken_up: dict[str, nn.Module] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -58,7 +59,9 @@ class Slim:
         """Take everything off again, last first: the original back, bit for bit."""
         for _, handle in reversed(self.applied):
             handle.detach()
-        self.applied, self.noted = [], []
+        for name, original in self.taken_up.items():  # their handles saw other weights
+            getattr(self.pipe, name).load_state_dict(original.state_dict())
+        self.applied, self.noted, self.taken_up = [], [], {}
         self.pipe.register_modules(scheduler=self.scheduler)
         return self.pipe
 
@@ -187,8 +190,8 @@ def slim(
             samplers.
         keep_original: keep a copy of the networks that change, to compare with and to heal from.
         progress: show progress bars.
-        work: folder for checkpoints of healing: run again after an interruption, it goes on where
-            it was. Removed at the end.
+        work: folder for what healing may take up: run again after an interruption, it goes on where
+            it was, or without healing gives what there was before. Removed at the end.
 
     Returns:
         The pipeline with its handles; `save`, `report` or `undo` it.
@@ -203,12 +206,22 @@ def slim(
         pipe = load(pipe)
     main = network_name(pipe)
     parts = [_component(pipe, item, main) for item in plan.items]
-    needs_teacher = plan.healing.steps > 0 and any(t.calibrated for t in plan.transforms)
-    changed = {p for p in parts if p and (keep_original or (needs_teacher and p == main))}
+    healed = [n for n, item in enumerate(plan.items) if plan.healing.on and heals(item)]
+    if plan.healing.on and not healed:
+        raise RecipeError(
+            "healing: none of the methods takes away or replaces parts of the network, so there "
+            "is nothing to heal; leave it out"
+        )
+    changed = {p for p in parts if p and (keep_original or (healed and p == main))}
     originals = {name: copy.deepcopy(getattr(pipe, name)) for name in changed}
     out = Slim(pipe, plan, [], None, pipe.scheduler)
     if keep_original:
         out.before = type(pipe)(**{**_parts(pipe), **originals})
+    folder = None if work is None else Path(work)
+    healer = None
+    if healed:
+        teacher = originals[main]
+        healer = Healer(pipe, plan, teacher, len(healed), folder, progress)
     drawn: list[dict[str, Any]] = []
 
     def batches() -> list[dict[str, Any]]:
@@ -223,27 +236,37 @@ def slim(
                 continue
             transform = transform_of(item)
             assert transform is not None
-            handle = transform.attach(getattr(pipe, part))
-            out.applied.append((part, handle))
-            if transform.calibrated:
-                seen: Any = batches()[: plan.calibration.calls]
-                handle.observe(seen if transform.targeted else [b["call"] for b in seen])
-            if transform.walked:
-                learning: Any = handle
-                learning.learn(
-                    _walks(pipe, plan),
-                    rng=torch.Generator().manual_seed(plan.calibration.seed),
-                    progress=progress,
-                )
-            if plan.healing.steps and part == main and main in originals:
-                objective = handle.objective(originals[main])
-                if objective is not None:
-                    folder = _work_folder(work, plan, number)
-                    from effuse.compress.healing import round_as
-
-                    heal(objective, batches(), plan.healing, progress=progress, folder=folder)
-                    round_as(getattr(pipe, part), originals[main])
-            out.noted.append({"method": label_of(item), "component": part, **handle.report()})
+            network = getattr(pipe, part)
+            key = key_of(plan, number, originals[part]) if heals(item) and originals else ""
+            found = kept(folder, key) if key else None
+            if found is not None:
+                noted, weights = found
+                handle = transform.restore(network, noted["plan"])
+                out.applied.append((part, handle))
+                out.taken_up[part] = originals[part]
+                network.load_state_dict(weights)
+            else:
+                handle = transform.attach(network)
+                out.applied.append((part, handle))
+                if transform.calibrated:
+                    seen: Any = batches()[: plan.calibration.calls]
+                    handle.observe(seen if transform.targeted else [b["call"] for b in seen])
+                if transform.walked:
+                    learning: Any = handle
+                    learning.learn(
+                        _walks(pipe, plan),
+                        rng=torch.Generator().manual_seed(plan.calibration.seed),
+                        progress=progress,
+                    )
+                noted = {"report": handle.report()}
+                if number in healed and folder is not None:
+                    keep(folder, key, handle, noted["report"])
+            out.noted.append({"method": label_of(item), "component": part, **noted["report"]})
+            if healer is not None and number in healed:
+                told = healer(handle, number)
+                if told is not None:
+                    name = f"healing of {label_of(item)}"
+                    out.noted.append({"method": name, "component": part, **told})
     except BaseException:
         out.undo()
         raise
@@ -269,14 +292,6 @@ def _component(pipe: DiffusionPipeline, item: Item, main: str) -> str:
     return item.component
 
 
-def _work_folder(work: str | Path | None, plan: Recipe, number: int) -> Path | None:
-    """Return where the healing after one item keeps its checkpoint; another recipe, another one."""
-    if work is None:
-        return None
-    digest = hashlib.sha256(plan.to_yaml().encode()).hexdigest()[:12]
-    return Path(work) / f"{digest}-{number}"
-
-
 def _parts(pipe: DiffusionPipeline) -> dict[str, Any]:
     """Return the constructor arguments that make a second pipeline of the same parts."""
     return {
@@ -291,14 +306,14 @@ def _set_scheduler(pipe: DiffusionPipeline, item: Sampler) -> None:
 
 
 def _batches(pipe: DiffusionPipeline, plan: Recipe) -> list[dict[str, Any]]:
-    """Return network calls with their targets: those to observe first, more to heal on."""
+    """Return network calls with their targets, to observe."""
     from effuse.compress.calibrate import uniform_calls
 
     how = plan.calibration
     return uniform_calls(
         pipe,
         how.prompts,
-        count=max(how.calls, min(plan.healing.steps, 512)),
+        count=how.calls,
         batch=how.batch,
         steps=how.steps,
         seed=how.seed,
@@ -323,34 +338,3 @@ def _walks(pipe: DiffusionPipeline, plan: Recipe) -> Any:
         guidance=None if how is None else how.guidance,
         solver=None if how is None else how.solver,
     )
-
-
-def heal(
-    objective: Objective,
-    batches: Sequence[Any],
-    how: Healing,
-    *,
-    progress: bool = True,
-    folder: Path | None = None,
-) -> None:
-    """Train a pruned network on the original's answers to recorded calls."""
-    import torch
-
-    from effuse.core.training import fit, warmup_cosine
-
-    (player,) = objective.players
-    done = fit(
-        objective,
-        batches,
-        torch.optim.AdamW(objective.parameters_of(player), lr=how.lr, weight_decay=0.0),
-        steps=how.steps,
-        rng=torch.Generator().manual_seed(how.seed),
-        schedule=warmup_cosine(),
-        ema=how.ema,
-        progress=progress,
-        folder=folder,
-        save_every=50,
-    )
-    if done.ema is not None:
-        done.ema.copy_to()
-    objective.eval()

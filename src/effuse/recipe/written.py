@@ -4,7 +4,7 @@ The one place where a name becomes a class. In a file:
 
     methods: [laptop_diff: {keep: 0.75}, int8, momentum: {order: 2, beta: 0.8, steps: 12}]
     calibration: {prompts: 16, steps: 10}
-    healing: {steps: 200}
+    healing: {minutes: 5}
 
 A field that takes an object is written as the class and its fields: `keys: {Every: {period: 2}}`.
 A second class of a method is written with a dot: `momentum.GHVB: {order: 2.7}`. A transform goes
@@ -13,14 +13,16 @@ on the denoising network unless it says otherwise: `int8: {component: text_encod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from effuse.compress.healing import Answers, Features, Own, Stages  # noqa: F401 - for files
 from effuse.core.contracts import Solver, Transform
-from effuse.core.errors import RecipeError
+from effuse.core.errors import RecipeError, check_positive, check_whole
 from effuse.core.fields import build, defaults_of, dump_fields, names_of, nearest
 from effuse.core.method import methods
 from effuse.processes import grids
@@ -73,7 +75,7 @@ Item = Transform | Sampler | On
 
 @dataclass(frozen=True)
 class Calibration:
-    """What transforms observe and healing learns from: network calls without guidance.
+    """What transforms observe: network calls without guidance.
 
     The pipeline samples `prompts` clean samples in `steps` steps each; every call spoils `batch` of
     them to levels spread evenly over the training range. No data are needed.
@@ -91,15 +93,47 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Healing:
-    """How a pruned network learns from the original: AdamW for `steps` steps, 0 is none.
+    """How the network learns from the original after each method that cuts or replaces its parts.
 
-    lr: highest learning rate; ema: decay of the average that is kept, None for no average.
+    On the original's own samples, spoiled to all levels, a tenth of them without their prompt; with
+    AdamW, warm-up and a cosine down. Off unless `minutes` or `steps` says otherwise; methods share
+    both equally. Pictures are judged before and after: where they get worse, nothing is learned.
+
+    minutes: by the clock, at most; None leaves the end to `steps`, the same every time. steps: at
+    most; 0 leaves the end to `minutes`. prompts: one a sample; how many (for the house, captions by
+    which it is not judged), or the prompts or labels. guidance: of the samples, the pipeline's own
+    if None, 1 for none. features: what is compared: `Own`, `Stages` or `Answers`. lr: highest
+    learning rate. rows: of a batch. judged: pictures.
     """
 
+    minutes: float | None = None
     steps: int = 0
-    lr: float = 2e-4
-    ema: float | None = 0.99
+    prompts: int | tuple[str | int, ...] = 192
+    guidance: float | None = None
+    features: Features = field(default_factory=Own)
+    lr: float = 3e-4
+    rows: int = 16
+    judged: int = 36
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        check_whole("steps", self.steps, 0)
+        check_whole("rows", self.rows, 1)
+        check_whole("judged", self.judged, 1)
+        check_positive("lr", self.lr)
+        if self.minutes is not None and not 0 <= self.minutes < math.inf:
+            raise ValueError(f"minutes={self.minutes!r}: expected a number, not below zero")
+        if not isinstance(self.features, Features):
+            raise ValueError(
+                f"features={self.features!r}: expected Own(), Stages() or Answers(); in a file "
+                "{Stages: {}}"
+            )
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is to be healed."""
+        return self.minutes != 0 and bool(self.minutes or self.steps)
 
 
 @dataclass(frozen=True)

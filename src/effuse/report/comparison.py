@@ -243,7 +243,7 @@ def compare(
     target = None if out is None else ready(out)
     opened_ = {n: opened(e) for n, e in entries.items()}
     first = next(iter(opened_.values()))
-    at_home = _of_the_house(first.pipe)
+    at_home = of_the_house(first.pipe)
     listed = {
         n: replace(
             e,
@@ -342,7 +342,7 @@ def _settings(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _of_the_house(pipe: Any) -> bool:
+def of_the_house(pipe: Any) -> bool:
     """Return whether a pipeline shares its autoencoder, or its whole network, with the house."""
     from effuse.house import store
 
