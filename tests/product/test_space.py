@@ -9,6 +9,7 @@ import torch
 from tests.tiny import tiny_dit_pipe
 
 from effuse.compress.search import RandomSearch
+from effuse.proofs import recipe_search
 from effuse.recipe import Calibration, parse
 from effuse.recipe.space import RecipeBench, RecipeChoices, search_recipes
 
@@ -82,3 +83,25 @@ def test_a_search_is_written_and_taken_up_again(tmp_path):
         search_recipes(pipeline(), ["mac<0.6x"], budget=1, **how)
     with pytest.raises(ValueError, match="another search"):
         search_recipes(pipeline(), out=tmp_path, budget=1, **{**how, "pictures": 1})
+
+
+def test_what_a_search_covers_is_an_area():
+    start = {"macs": 10.0}
+    metrics = [{"psnr": 5.0, "macs": 1.0}, {"psnr": 20.0, "macs": 2.0}, {"psnr": 30.0, "macs": 3.0}]
+    found = recipe_search._covered(metrics, start, 5)
+    assert found == pytest.approx([0.0, 10 * 0.2, 10 * 0.2 + 10 * 0.1, 3.0, 3.0])
+
+
+def test_claims_of_the_search_compare_at_no_more_cost():
+    plain = [{"psnr": 20.0, "macs": 2.0}, {"psnr": 25.0, "macs": 4.0}]
+    front = [
+        {"searched_psnr": 22.0, "psnr": 21.0, "macs": 2.0},
+        {"searched_psnr": 23.0, "psnr": 20.5, "macs": 3.0},
+        {"searched_psnr": 24.0, "psnr": 23.0, "macs": 3.5},
+    ]
+    volumes = {"linas": [[2.0]], "nsga2": [[1.0]], "random": [[3.0]]}
+    claims = recipe_search._claims(volumes, front, plain, 1)
+    assert [c.holds for c in claims] == [True, False, False, True, False]
+    assert claims[2].measured == 0.5
+    assert (claims[3].measured, claims[3].baseline) == (pytest.approx(21.5), 20.0)
+    assert claims[4].measured == pytest.approx(0.5)
