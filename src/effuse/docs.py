@@ -77,20 +77,30 @@ def methods_page(folder: Path) -> str:
             machine = found.get("machine", {})
             where = ", ".join(f"{k} {v}" for k, v in machine.items())
             out += ["", f"Evidence, size {found['size']}, {found['seconds']:.0f} s ({where}):", ""]
-            out += [
-                "| claim | baseline | measured | unit | holds |",
-                "| --- | --- | --- | --- | --- |",
-            ]
-            for claim in found.get("claims") or [found]:
-                out.append(
-                    f"| {claim.get('statement', found.get('claim', ''))} | "
-                    f"{_number(claim['baseline'])} | {_number(claim['measured'])} | "
-                    f"{claim.get('unit', '')} | {'yes' if claim['holds'] else '**no**'} |"
-                )
-            if found.get("notes"):
-                out += ["", str(found["notes"])]
+            out += _claims(found)
+        out.append("")
+    known = {card.name for card in methods().values()}
+    others = [n for n in sorted(f.stem for f in folder.glob("*.json")) if n not in known]
+    if others:
+        out += ["## Across methods", ""]
+    for name in others:
+        found = evidence(name, folder)
+        assert found is not None
+        out += [f"### {name}", "", f"- evidence: {evidence_of(name, folder)}", "", *_claims(found)]
         out.append("")
     return "\n".join(out)
+
+
+def _claims(found: dict[str, Any]) -> list[str]:
+    """Return lines of a table of what an evidence claims, and its notes."""
+    out = ["| claim | baseline | measured | unit | holds |", "| --- " * 5 + "|"]
+    for claim in found.get("claims") or [found]:
+        out.append(
+            f"| {claim.get('statement', found.get('claim', ''))} | "
+            f"{_number(claim['baseline'])} | {_number(claim['measured'])} | "
+            f"{claim.get('unit', '')} | {'yes' if claim['holds'] else '**no**'} |"
+        )
+    return [*out, "", str(found["notes"])] if found.get("notes") else out
 
 
 def readme_table(folder: Path) -> str:
