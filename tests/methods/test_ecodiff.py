@@ -35,6 +35,7 @@ from effuse.compress.prune.ecodiff import (
     Binary,
     BoundedL1,
     Budget,
+    Curvature,
     EcoDiff,
     EndToEnd,
     HardConcrete,
@@ -166,6 +167,31 @@ def test_stochastic_samplers_end_where_they_ended():
     assert float(goal.lost(0, goal.drawn(seeded())).detach()) < 1e-12
 
 
+def test_curvature_is_the_length_of_the_jacobian():
+    """By differences of the end, member by member, in float64."""
+    pipe = tiny_dit_pipe()
+    pipe.transformer.double().requires_grad_(False).eval()
+    e = example_of(pipe, seeded(), guidance=3.0, batch=1)
+    e = e._replace(x=e.x.double(), target=e.target.double())
+    goal = EndToEnd(QUICK.attach(pipe.transformer), [e]).double()
+    found = Curvature(200).scores(goal, seeded(5))
+    whole = {g.name: torch.ones(g.size, dtype=torch.float64) for g in goal.groups}
+    mine, exact = [], []
+    for g in goal.groups[:4]:
+        for i in range(min(g.size, 6)):
+            ends = []
+            for sign in (1, -1):
+                moved = whole | {g.name: whole[g.name].clone()}
+                moved[g.name][i] += sign * 1e-4
+                with torch.no_grad():
+                    ends.append(goal.end(0, moved))
+            exact.append(float((ends[0] - ends[1]).norm() / 2e-4))
+            mine.append(float(found[g.name][i]))
+    ratio = torch.tensor(mine) / torch.tensor(exact)
+    assert 0.6 < ratio.min() <= ratio.max() < 1.5
+    assert ratio.mean() == pytest.approx(1, abs=0.1)
+
+
 # ---- learning
 
 
@@ -184,7 +210,8 @@ def dead(model, share=7 / 8, seed=0):
 
 
 @pytest.mark.parametrize("end_to_end", [True, False])
-def test_what_the_sample_does_not_need_goes(end_to_end):
+@pytest.mark.parametrize("by", [None, Curvature(4)])
+def test_what_the_sample_does_not_need_goes(end_to_end, by):
     """Seven of eight neurons are dead: exactly they are cut, and the answer stays."""
     pipe = tiny_dit_pipe()
     network = network_of(pipe)
@@ -192,7 +219,7 @@ def test_what_the_sample_does_not_need_goes(end_to_end):
     # half open at first: who matters opens, and only the penalty pulls at a dead neuron
     how = EcoDiff(PerLayer(1 / 8), ("neurons",), beta=1e-6, start=0.5, samples=2, steps=60)
     quiet = HardConcrete(smoothing=10)
-    handle = dataclasses.replace(how, accumulate=1, gate=quiet).attach(network)
+    handle = dataclasses.replace(how, accumulate=1, gate=quiet, by=by).attach(network)
     wanted = [p.requires_grad for p in network.parameters()]
     model = effuse.wrap(pipe)
     x = model.prior(2, rng=seeded(1))
@@ -344,6 +371,10 @@ def test_odd_requests_are_refused():
     for bad in ({"kinds": ("layers",)}, {"rates": {}}, {"beta": -1.0}, {"steps": 0}):
         with pytest.raises(ValueError, match="expected"):
             EcoDiff(**bad)
+    with pytest.raises(TypeError, match="expected Curvature"):
+        EcoDiff(by="curvature")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="draws"):
+        Curvature(0)
     pipe = tiny_dit_pipe()
     with torch.no_grad():
         pipe.transformer.proj_out_2.weight.fill_(torch.nan)

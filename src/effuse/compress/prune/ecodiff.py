@@ -3,6 +3,8 @@
 handle = EcoDiff(PerKind(0.8)).attach(pipe.unet)
 handle.learn(walks(pipe, prompts, steps=20))       # learns, chooses and cuts
 handle.cut(PerKind(0.7))                           # another share of what was learnt
+
+EcoDiff(PerKind(0.8), by=Curvature())              # ours: ranked within a minute, nothing learnt
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ __all__ = [
     "Binary",
     "BoundedL1",
     "Budget",
+    "Curvature",
     "EcoDiff",
     "HardConcrete",
     "Masked",
@@ -124,6 +127,42 @@ class L0(Penalty):
         return self.gate.open(logit)
 
 
+# ---- a ranking in place of learning
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """How far the end moves, to first order, when a member goes: || dz_0 / dM_i ||.
+
+    E_v (v^T dz_0/dM_i)^2 = || dz_0/dM_i ||^2,   v ~ N(0, I),   M = 1
+
+    the diagonal of the Gauss-Newton matrix of the very loss that masks learn from, whose gradient
+    is zero at open masks. Each draw costs what an update does.
+
+    draws: of v, each on one example; relative error of the square about sqrt(2 / draws).
+    """
+
+    draws: int = 24
+
+    def __post_init__(self) -> None:
+        """Check the number."""
+        check_whole("draws", self.draws, 1)
+
+    def scores(self, goal: MaskObjective, rng: torch.Generator) -> dict[str, Tensor]:
+        """Return || dz_0 / dM_i ||, (size,), by the name of a group."""
+        total = {g.name: torch.zeros(g.size, device=goal.masks[0].device) for g in goal.groups}
+        for k in range(self.draws):
+            masks = {n: torch.ones_like(t, requires_grad=True) for n, t in total.items()}
+            with torch.enable_grad():
+                z = goal.end(k % goal.count, masks)
+                v = torch.randn(z.shape, generator=rng, device=rng.device).to(z)
+                along = (v * z).sum()
+            grads = torch.autograd.grad(along, list(masks.values()))
+            for name, grad in zip(masks, grads, strict=True):
+                total[name] += grad.float().square() / self.draws
+        return {n: t.sqrt().cpu() for n, t in total.items()}
+
+
 # ---- the transform
 
 
@@ -137,7 +176,8 @@ class L0(Penalty):
     "afterwards is feature distillation, a LoRA is peft's own (`add_adapter` before healing); "
     "grouped-query attention is left alone; recipes learn on single answers (`observe`), the whole "
     "trajectory takes a pipeline (`learn`); SDXL and FLUX themselves have not been tried; "
-    "learned for minutes, its masks lose to magnitude and Taylor on house:emoji",
+    "learned for minutes, its masks lose to magnitude and Taylor on house:emoji (our `Curvature`, "
+    "through the same walk, does not)",
     example=lambda: EcoDiff(PerLayer(0.5), steps=2, accumulate=2),
 )
 @dataclass(frozen=True)
@@ -156,12 +196,14 @@ class EcoDiff(Transform):
 
     choice: who stays, of `PerKind`, `PerLayer`, `Budget` (a share of the network's parameters) and
     `Threshold`. kinds: of groups that may be cut; "channels" too where they exist. gate: makes
-    masks. penalty, beta: R and its weight. start: lambda at first. rates: learning rate by kind.
-    samples: trajectories that are drawn once, with the teacher's z_0. steps: of the optimizer.
-    accumulate: trajectories a step. where: groups that may be cut.
+    masks. penalty, beta: R and its weight. start: lambda at first. by: None learns lambda, the
+    paper's; a `Curvature` takes its place and ignores gate, penalty, start, rates and steps. rates:
+    learning rate by kind. samples: trajectories that are drawn once, with the teacher's z_0. steps:
+    of the optimizer. accumulate: trajectories a step. where: groups that may be cut.
 
     Defaults are the paper's for SDXL: 100 prompts, four rounds of four a step. For FLUX: smoothing
-    0.1, `BoundedL1()`, beta 0.01, rates 0.5 for heads and 0.1 for neurons.
+    0.1, `BoundedL1()`, beta 0.01, rates 0.5 for heads and 0.1 for neurons. They take hours: all
+    logits sink together until the first few resist. Where there are minutes, `by=Curvature()`.
     """
 
     choice: Choice = field(default_factory=PerKind)
@@ -170,6 +212,7 @@ class EcoDiff(Transform):
     penalty: Penalty = field(default_factory=L1)
     beta: float = 0.5
     start: float = 3.0
+    by: Curvature | None = None
     rates: Mapping[str, float] = field(
         default_factory=lambda: {"heads": 0.1, "neurons": 0.1, "channels": 0.1}
     )
@@ -182,6 +225,8 @@ class EcoDiff(Transform):
 
     def __post_init__(self) -> None:
         """Check the fields."""
+        if self.by is not None and not isinstance(self.by, Curvature):
+            raise TypeError(f"by={self.by!r}: expected Curvature(draws), or None to learn masks")
         for name in self.kinds:
             check_choice("kinds", name, ("heads", "neurons", "channels"))
             if not self.rates.get(name, 0) > 0:
@@ -268,9 +313,11 @@ class Masked(Applied):
         self._whole()
         rng = rng if rng is not None else torch.Generator().manual_seed(0)
         with self._still():
-            examples = [_example(draw(rng), rng) for _ in range(self.transform.samples)]
+            how = self.transform
+            count = how.samples if how.by is None else min(how.samples, how.by.draws)
+            examples = [_example(draw(rng), rng) for _ in range(count)]
             goal = EndToEnd(self, examples)
-            self._learn(goal, len(examples), rng, progress, folder)
+            self._learn(goal, rng, progress, folder)
         self.cut()
         return self.logits
 
@@ -290,23 +337,24 @@ class Masked(Applied):
         with self._still():
             goal = Answers(self, batches, answers(self.model, batches))
             rng = torch.Generator().manual_seed(0)
-            self._learn(goal, len(batches), rng, False, None)
+            self._learn(goal, rng, False, None)
         self.cut()
 
     def _learn(
         self,
         goal: MaskObjective,
-        count: int,
         rng: torch.Generator,
         progress: bool,
         folder: str | Path | None,
     ) -> None:
-        how = self.transform
-        kinds = dict.fromkeys(g.kind for g in self.groups)
+        how, count = self.transform, goal.count
+        if how.by is not None:
+            self.logits, self.history = how.by.scores(goal, rng), []
+            return
         optimizer = torch.optim.AdamW(
             [
                 {"params": [goal.masks[i] for i in goal.of(kind)], "lr": how.rates[kind]}
-                for kind in kinds
+                for kind in goal.kinds
             ],
             weight_decay=0.0,  # the penalty is the only pull
         )
@@ -452,7 +500,8 @@ class MaskObjective(Objective):
         how = handle.transform
         device = next(handle.model.parameters()).device
         self.masks = nn.ParameterList(
-            nn.Parameter(torch.full((g.size,), how.start, device=device)) for g in handle.groups
+            nn.Parameter(torch.full((g.size,), float(how.start), device=device))
+            for g in handle.groups
         )
         # out of reach of train() and state_dict(): it learns nothing
         self._network, self.groups, self.transform = (handle.model,), handle.groups, how
@@ -461,6 +510,11 @@ class MaskObjective(Objective):
     def network(self) -> nn.Module:
         """The network that is masked."""
         return self._network[0]
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of groups that there are."""
+        return list(dict.fromkeys(g.kind for g in self.groups))
 
     def of(self, kind: str) -> list[int]:
         """Return where the groups of a kind are."""
@@ -475,9 +529,24 @@ class MaskObjective(Objective):
             out[g.name] = self.transform.gate.draw(logit, u)
         return out
 
+    @property
     @abstractmethod
+    def count(self) -> int:
+        """How many examples there are."""
+
+    @abstractmethod
+    def end(self, index: int, masks: Mapping[str, Tensor]) -> Tensor:
+        """Return what example `index` ends with under masks, (B, *)."""
+
+    @abstractmethod
+    def target(self, index: int) -> Tensor:
+        """Return what it ends with when all is open, (B, *)."""
+
     def lost(self, index: int, masks: Mapping[str, Tensor]) -> Tensor:
         """Return the mean squared change of example `index`, ()."""
+        end, target = self.end(index, masks), self.target(index)
+        wide = torch.promote_types(end.dtype, torch.float32)
+        return (end.to(wide) - target.to(wide)).square().mean()
 
     def loss(
         self, player: str, batch: Mapping[str, Any], *, rng: torch.Generator | None = None
@@ -501,15 +570,23 @@ class EndToEnd(MaskObjective):
         super().__init__(handle)
         self.examples = tuple(examples)
 
-    def lost(self, index: int, masks: Mapping[str, Tensor]) -> Tensor:
-        """See `MaskObjective.lost`; two forwards and a backward a step."""
+    @property
+    def count(self) -> int:
+        """See `MaskObjective.count`."""
+        return len(self.examples)
+
+    def target(self, index: int) -> Tensor:
+        """See `MaskObjective.target`."""
+        return self.examples[index].target
+
+    def end(self, index: int, masks: Mapping[str, Tensor]) -> Tensor:
+        """See `MaskObjective.end`; two forwards and a backward a step."""
         e = self.examples[index]
         state, device = e.noise
         rng = torch.Generator(device)
         rng.set_state(state)
         rollout = Rollout(e.denoiser, e.solver, e.times, lambda: masked(self.network, masks))
-        z = rollout.run(e.x, list(masks.values()), rng=rng)
-        return (z - e.target).square().mean()
+        return rollout.run(e.x, list(masks.values()), rng=rng)
 
 
 class Answers(MaskObjective):
@@ -525,11 +602,19 @@ class Answers(MaskObjective):
         super().__init__(handle)
         self.batches, self.whole = tuple(batches), tuple(whole)
 
-    def lost(self, index: int, masks: Mapping[str, Tensor]) -> Tensor:
-        """See `MaskObjective.lost`; one forward and backward."""
+    @property
+    def count(self) -> int:
+        """See `MaskObjective.count`."""
+        return len(self.batches)
+
+    def target(self, index: int) -> Tensor:
+        """See `MaskObjective.target`."""
+        return self.whole[index]
+
+    def end(self, index: int, masks: Mapping[str, Tensor]) -> Tensor:
+        """See `MaskObjective.end`; one forward and backward."""
         with masked(self.network, masks):
-            out = answer_to(self.network, self.batches[index])
-        return (out.float() - self.whole[index].float()).square().mean()
+            return answer_to(self.network, self.batches[index])
 
 
 def _example(walk: tuple[Denoiser, Solver, Tensor, Tensor], rng: torch.Generator) -> Example:
