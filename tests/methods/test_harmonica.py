@@ -30,6 +30,7 @@ from effuse.compress.cache.harmonica import (
     Even,
     Fixed,
     Harmonica,
+    Keyed,
     Layers,
     Named,
     Router,
@@ -431,6 +432,21 @@ def test_share_turns_beta_up_while_too_much_is_computed_and_reaches_the_share():
     assert out.tolist() == [[False, False], [False, True], [True, False]]
     assert not Share(0.0).inherits(r, saved, 0.1).any()
     assert Fixed().inherits(r, saved, 0.3).tolist() == [[False] * 2, [False, True], [True, False]]
+
+
+def test_learning_can_begin_with_a_plain_cache():
+    router = Router(6, ["a", "b"], start=Keyed(Uniform(2), 3.0))
+    assert [row.tolist() for row in router.rows] == [[s * 3.0] * 2 for s in (-1, 1, -1, 1, -1)]
+    with torch.no_grad():
+        assert float(router.weight(1, "a")) < router.tau < float(router.weight(2, "b"))
+    drawn = Router(6, ["a", "b"], rng=torch.Generator().manual_seed(0))
+    assert len({float(w) for row in drawn.rows for w in row}) == 10
+    with pytest.raises(ValueError, match=r"size=6"):
+        Keyed(size=6)
+    with pytest.raises(TypeError, match="a Keys"):
+        Keyed(keys=2)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="a Start"):
+        Harmonica(start=1.0)  # type: ignore[arg-type]
 
 
 def test_logits_stay_within_five():

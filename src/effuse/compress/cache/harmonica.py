@@ -26,23 +26,26 @@ from effuse.core.training import fit
 
 from .base import Mixture
 from .inherited import Routed
-from .keys import Route
+from .keys import Keys, Route, Uniform
 from .levels import Blocks, Group, Layers, Level, Named, Rest, Units
 
 __all__ = [
     "Blocks",
     "Cumulative",
+    "Drawn",
     "Even",
     "Fixed",
     "Group",
     "Harmonica",
     "Harmonized",
+    "Keyed",
     "Layers",
     "Named",
     "Rest",
     "Router",
     "Share",
     "Single",
+    "Start",
     "StepwiseDenoising",
     "Units",
     "learn_cache",
@@ -52,22 +55,73 @@ Draw = Callable[[torch.Generator], Walk]
 """Draws what to sample: conditions and noise, on the same levels each time."""
 
 
+class Start(ABC):
+    """Logits that learning begins with. A frozen dataclass."""
+
+    @abstractmethod
+    def logits(self, steps: int, parts: int, rng: torch.Generator | None) -> Tensor:
+        """Return w, (steps - 1, parts), of the steps after the first."""
+
+
+@dataclass(frozen=True)
+class Drawn(Start):
+    """N(0, 1): the paper's. Needs many iterations before what was drawn is forgotten."""
+
+    def logits(self, steps: int, parts: int, rng: torch.Generator | None) -> Tensor:
+        """See `Start.logits`."""
+        return torch.randn(steps - 1, parts, generator=rng)
+
+
+@dataclass(frozen=True)
+class Keyed(Start):
+    """The cache that computes all parts at `keys`: +size there and -size elsewhere. Ours to add.
+
+    Learning then changes a plain cache where it pays to, and begins no worse. `Uniform(2)` with
+    `order` 1 is hard to beat at half the cost.
+
+    keys: key steps, of `effuse.compress.cache.keys`. size: above 0, up to 5, where logits are
+    clamped; below 2.2 what is blended at the other steps replaces what is kept (r > tau).
+    """
+
+    keys: Keys = field(default_factory=lambda: Uniform(2))
+    size: float = 3.0
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        if not isinstance(self.keys, Keys):
+            raise TypeError(f"keys={self.keys!r}: expected key steps, a Keys")
+        if not 0 < self.size <= 5:
+            raise ValueError(f"size={self.size!r}: expected above 0, at most 5")
+
+    def logits(self, steps: int, parts: int, rng: torch.Generator | None) -> Tensor:
+        """See `Start.logits`."""
+        keyed = set(self.keys.of(steps))
+        signs = torch.tensor([1.0 if i in keyed else -1.0 for i in range(1, steps)])
+        return (self.size * signs)[:, None].repeat(1, parts)
+
+
 class Router(nn.Module, Mixture):
     """Logits w (steps - 1, parts), r = sigmoid(w) in (0, 1): how much of a part is computed.
 
     One parameter a step, so that a step moves by its own gradients only. The first step always
-    computes and has none. tau: what is computed at r > tau replaces what is kept.
+    computes and has none. tau: what is computed at r > tau replaces what is kept. start: the
+    logits at first.
     """
 
     limit = 5.0
 
     def __init__(
-        self, steps: int, parts: Sequence[str], tau: float = 0.1, rng: torch.Generator | None = None
+        self,
+        steps: int,
+        parts: Sequence[str],
+        tau: float = 0.1,
+        rng: torch.Generator | None = None,
+        start: Start | None = None,
     ):
         super().__init__()
         self.parts, self.tau = {part: k for k, part in enumerate(parts)}, tau
-        draws = torch.randn(steps - 1, len(self.parts), generator=rng)
-        self.rows = nn.ParameterList([nn.Parameter(w.clamp(-5, 5)) for w in draws])
+        begun = (start or Drawn()).logits(steps, len(self.parts), rng)
+        self.rows = nn.ParameterList([nn.Parameter(w.clamp(-5, 5)) for w in begun])
 
     def weight(self, step: int, part: str) -> Tensor | None:
         """See `Mixture.weight`."""
@@ -392,6 +446,7 @@ class Harmonica(Transform):
     proxy: `Single()`, `Cumulative()` or `Even()`. normalized: divide lambda by its mean, so that
         beta does not depend on its scale; not the paper's.
     order: 0 keeps the last value, the paper's; 1 the line through the last two.
+    start: `Drawn()`, the paper's, or `Keyed(keys)`, a plain cache to improve on.
     where: parts that it forbids always compute.
     """
 
@@ -404,13 +459,15 @@ class Harmonica(Transform):
     proxy: Proxy = field(default_factory=Single)
     normalized: bool = False
     order: int = 0
+    start: Start = field(default_factory=Drawn)
     where: Where = everywhere
     kind = "cache"
     walked = True
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        for name, kind in (("level", Level), ("penalty", Penalty), ("proxy", Proxy)):
+        kinds = {"level": Level, "penalty": Penalty, "proxy": Proxy, "start": Start}
+        for name, kind in kinds.items():
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(
                     f"{name}={getattr(self, name)!r}: expected an object, a {kind.__name__}"
@@ -462,7 +519,7 @@ class Harmonized(Routed):
         saved = torch.tensor([float(cost.saved[p]) for p in self.parts])
         if len(levels) < 2:
             raise ValueError("a trajectory of one step: expected at least two, to inherit from")
-        router = Router(len(levels), self.parts, how.tau, rng).to(walk.x.device)
+        router = Router(len(levels), self.parts, how.tau, rng, how.start).to(walk.x.device)
         wanted = {n: p.requires_grad for n, p in self.model.named_parameters()}
         self.model.requires_grad_(False)
         objective = (goal or StepwiseDenoising)(
