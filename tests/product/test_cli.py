@@ -384,6 +384,13 @@ def test_a_fine_tune_is_kept_as_a_change_and_comes_back(folder, tmp_path, capsys
     assert abs(share - 90) < 2
     small = (tmp_path / "small" / "delta.safetensors").stat().st_size
     assert small < 0.25 * (tmp_path / "tuned.safetensors").stat().st_size
+    args = ("delta", tmp_path / "tuned.safetensors", base, "--keep", 0.1, "--judge", folder)
+    said = run(*args, "--out", tmp_path / "q")
+    assert float(said.partition("q ")[2].split(":")[0]) > 0.1
+    said = run(*args, "--method", "best", "--out", tmp_path / "best")
+    assert all(f"{name} " in said for name in ("DARE", "DAREx-q", "magnitude", "base"))
+    with pytest.raises(ValueError, match="other weights than the base, such as"):
+        run(*args[:2], tmp_path / "tuned.safetensors", *args[3:-1], "house:pixels", "--out", "x")
     monkeypatch.setattr(
         sys, "argv", ["effuse", "merge", str(base), str(tmp_path), "--out", "a.bin"]
     )

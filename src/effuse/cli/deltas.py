@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import console
+from .common import console, load
+
+if TYPE_CHECKING:
+    from effuse.compress.prune.darex import Delta
 
 
 def delta(
@@ -15,8 +18,12 @@ def delta(
     base: Annotated[Path, typer.Argument(help="what it was tuned from, likewise")],
     out: Annotated[Path, typer.Option(help="folder of delta.safetensors")],
     keep: Annotated[float, typer.Option(help="share of the changes kept, (0, 1]")] = 0.1,
-    method: Annotated[str, typer.Option(help="random (DARE) or magnitude")] = "random",
-    structure: Annotated[str, typer.Option(help="of random: element, column or row")] = "element",
+    method: Annotated[
+        str, typer.Option(help="random (DARE), magnitude; with --judge also best")
+    ] = "random",
+    structure: Annotated[
+        str, typer.Option(help="of random: element, column, row, or head:N, N channels a head")
+    ] = "element",
     rescale: Annotated[
         float | None, typer.Option(help="q: kept changes are divided by it; DARE's is keep")
     ] = None,
@@ -24,21 +31,39 @@ def delta(
         list[str] | None, typer.Option(help="names that begin so are kept whole")
     ] = None,
     seed: Annotated[int, typer.Option(help="of the random mask")] = 0,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="pipeline of the base: finds q by what its network then answers"),
+    ] = None,
 ) -> None:
     """Keep a fine-tune as a sparse change of the weights it came from.
 
     A random mask is stored as its seed. At high drop rates a larger --rescale than keep trades a
-    bias for less noise (DAREx-q); magnitude keeps the largest changes as they are.
+    bias for less noise (DAREx-q); --judge PIPELINE finds it, and with --method best takes the way
+    whose answers are nearest to the fine-tune's. Magnitude keeps the largest changes as they are.
     """
     from effuse.compress.prune.darex import Delta, Source
+    from effuse.compress.prune.rescale import find_q, select
     from effuse.core.errors import check_choice
 
     if not 0 < keep <= 1:
         raise ValueError(f"--keep {keep}: expected a share in (0, 1]")
-    check_choice("method", method, ("random", "magnitude"))
+    check_choice("method", method, ("random", "magnitude", *(["best"] if judge else [])))
+    if judge is not None and rescale is not None:
+        raise ValueError("--judge and --rescale: expected one of them, --judge finds q itself")
     change = Delta.between(finetuned, base, dense=tuple(dense or ()))
-    small = change.prune(1 - keep, method, seed=seed, structure=structure)
-    if rescale is not None:
+    if method != "best":
+        small = change.prune(1 - keep, method, seed=seed, structure=structure)
+    if judge is not None and method != "magnitude":
+        asked = _asked(judge, change)
+        if method == "best":
+            found = select(change, 1 - keep, *asked, seed=seed)
+            small = found.pruned
+            told = ", ".join(f"{n} {v:.3g}" for n, v in found.losses.items())
+            console.print(f"change of the answers: {told}; [bold]{found.name}[/]: {found.advice}")
+        else:
+            small = find_q(small, *asked)
+    elif rescale is not None:
         small = small.rescale(rescale)
     file = small.save(out)
     source = Source(finetuned)
@@ -47,6 +72,23 @@ def delta(
         f"{small.sparsity:.1%} dropped, q {small.q:g}: {file.stat().st_size:,} bytes beside the "
         f"fine-tune's {whole:,}, in [bold]{file}[/]"
     )
+
+
+def _asked(judge: str, change: Delta) -> tuple[Any, Any, Any, list[Any]]:
+    """Return a pipeline's network, the base's and the fine-tune's weights, and network calls."""
+    from effuse.compress.calibrate import network_of, uniform_calls
+
+    pipe = load(judge)
+    network = network_of(pipe)
+    odd = set(network.state_dict()) ^ set(change.base.names())
+    if odd:
+        raise ValueError(
+            f"--judge {judge}: its {type(network).__name__} has other weights than the base, such "
+            f"as {sorted(odd)[0]!r}; expected the pipeline whose network the base is"
+        )
+    calls = [b["call"] for b in uniform_calls(pipe, 16, count=3)]
+    base, tuned = ({n: w[n] for n in w.names()} for w in (change.base, change.finetuned))
+    return network, base, tuned, calls
 
 
 def merge(
