@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -163,6 +164,50 @@ def test_slim_student_is_saved_and_loaded(tmp_path, dtype):
     store.save(pipe, tmp_path / "slim", [("unet", handle)])
     again = store.load(tmp_path / "slim")
     assert torch.equal(again.unet(x, 5, **words, return_dict=False)[0], before)
+
+
+def test_gates_hear_the_time_of_their_own_network_and_thread():
+    student, handle = slim(tiny_unet(block_out_channels=(32, 64)).eval(), 0.5)
+    student.eval()
+    name = next(n for n in handle.layers if "down" in n)
+    x = noise(2, student.config.in_channels, 8, 8)
+    times = torch.tensor([10, 900])
+    seen = {}
+
+    def draw(net, t):
+        gate = net.get_submodule(f"{name}.gates")
+        hook = gate.register_forward_hook(lambda m, given, out: seen.update(x=given[0], g=out))
+        with torch.no_grad():
+            out = net(x, t, return_dict=False)[0]
+            temb = net.time_embedding(net.time_proj(t))
+            assert torch.equal(gate(seen["x"], temb), seen["g"])
+        hook.remove()
+        return out
+
+    first = draw(student, times)
+    assert not torch.allclose(seen["g"][0], seen["g"][1], atol=1e-4)
+    blind = copy.deepcopy(student)
+    for m in blind.modules():
+        if isinstance(m, Gates):
+            m.one.weight.data[:, -m.time :] = 0
+    assert not torch.allclose(draw(blind, times), first, atol=1e-4)
+    other = copy.deepcopy(student)
+    for p in other.time_embedding.parameters():
+        p.data.mul_(2)
+    draw(other, times)  # by its own embedding, which is not the first's
+    torch.testing.assert_close(draw(student, times), first, rtol=0, atol=0)
+    with ThreadPoolExecutor(2) as pool:
+        together = [pool.submit(student, x, t) for t in (times, 1000 - times) for _ in range(4)]
+        with torch.no_grad():
+            alone = [student(x, t).sample for t in (times, 1000 - times)]
+        for i, out in enumerate(together):
+            torch.testing.assert_close(out.result().sample.detach(), alone[i // 4])
+    handle.detach()
+    assert not student.time_embedding._forward_hooks
+    bare, quiet = slim(tiny_unet(), 0.5, gated=False)
+    assert quiet is None
+    without = WaveletGating(time=False).attach(bare)
+    assert all(m.gates.time == 0 for m in without.layers.values())
 
 
 def test_frequency_error_of_knowing_nothing_is_white():

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from effuse.core.contracts import Applied, Call, Loss, Process, Transform, Where, everywhere
 from effuse.core.errors import Unsuited, check_fraction, check_whole
 from effuse.core.method import method
-from effuse.nn.wavelet import Gates, WGDown, WGUp
+from effuse.nn.wavelet import Gates, Heard, WGDown, WGUp
 from effuse.ops import expand_as, randn_like
 from effuse.ops.bands import inverse_magnitude, radial, resized, spectrum
 
@@ -152,8 +152,9 @@ def _refuse_other_kind(teacher: Any, student: Any) -> None:
     paper="Diffusion Probabilistic Model Made Slim",
     year=2023,
     buys="slim UNets that keep high frequencies: gated wavelets and a loss weighted by spectrum",
-    missing="In a diffusers UNet the gates see pooled features, not the time embedding, which its "
-    "blocks do not pass on. FFHQ and LSUN figures are not reproduced. There is no official code.",
+    missing="Whether the paper's gates see the time embedding is not known: they do by default, "
+    "`time=False` takes it away. FFHQ and LSUN figures are not reproduced. There is no official "
+    "code.",
     example=lambda: WaveletGating(),
 )
 @dataclass(frozen=True)
@@ -161,15 +162,16 @@ class WaveletGating(Transform):
     """Put wavelet-gated blocks in the place of every halving and doubling of a UNet.
 
     down: X' = conv(sum_k g_k X_k), X_k the Haar bands;  up: X' = conv(IDWT(g_k X_k)), X_k quarters
-    of the channels;  g = sigmoid(FFN(pooled X)), one for each band and channel
+    of the channels;  g = sigmoid(FFN(pooled X, time embedding)), one for each band and channel
 
     The blocks begin untrained: this is for a student that is trained, see `slim`.
 
-    seed: of the first weights.
+    seed: of the first weights. time: gates see the network's time embedding too.
     where: layers it forbids stay as they are.
     """
 
     seed: int = 0
+    time: bool = True
     where: Where = everywhere
     kind = "rewire"
 
@@ -182,7 +184,8 @@ class WaveletGating(Transform):
 
         Raises:
             Unsuited: it has no layer of diffusers that halves or doubles a picture.
-            ValueError: `where` forbids all, or a layer's channels are not a multiple of 4.
+            ValueError: `where` forbids all, or a layer's channels are not a multiple of 4; or gates
+                shall see a time embedding that the network has not.
         """
         found = {n: m for n, m in model.named_modules() if _kind(m)}
         if not found:
@@ -198,14 +201,26 @@ class WaveletGating(Transform):
     def restore(self, model: nn.Module, plan: Mapping[str, Any]) -> Gated:
         """Swap the layers that `plan` names."""
         layers: dict[str, nn.Module] = {}
+        width, heard = 0, None
+        if self.time:
+            embedding = getattr(model, "time_embedding", None)
+            width = getattr(getattr(embedding, "linear_2", None), "out_features", 0)
+            if not width:
+                raise ValueError(
+                    f"{type(model).__name__} has no time_embedding of diffusers for the gates: "
+                    "give time=False"
+                )
+            heard = Heard()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             for name in plan["layers"]:
                 old: Any = model.get_submodule(name)
                 p = next(model.parameters())
-                made = (WGDown if _kind(old) == "down" else WGUp)(old.channels, old.out_channels)
+                cls = WGDown if _kind(old) == "down" else WGUp
+                made = cls(old.channels, old.out_channels, width)
+                made.gates.heard = heard
                 layers[name] = made.to(p.device, p.dtype).train(old.training)
-        return Gated(self, model, layers)
+        return Gated(self, model, layers, heard)
 
 
 def _kind(module: nn.Module) -> str:
@@ -217,8 +232,18 @@ def _kind(module: nn.Module) -> str:
 class Gated(Applied):
     """A network with wavelet-gated blocks; see `WaveletGating`."""
 
-    def __init__(self, transform: Transform, model: nn.Module, layers: Mapping[str, nn.Module]):
+    def __init__(
+        self,
+        transform: Transform,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        heard: Heard | None = None,
+    ):
         self.transform, self.model, self.layers = transform, model, dict(layers)
+        self._hook: Any = None
+        if heard is not None:
+            embedding: Any = model.time_embedding
+            self._hook = embedding.register_forward_hook(heard)
         self._old = [
             (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], old)
             for name, old in ((n, model.get_submodule(n)) for n in layers)
@@ -245,6 +270,8 @@ class Gated(Applied):
             raise RuntimeError("the original layers were given up by finalize: load them again")
         for owner, child, module in self._old:
             setattr(owner, child, module)
+        if self._hook is not None:
+            self._hook.remove()
 
     def finalize(self) -> None:
         """Give the original layers up."""

@@ -8,12 +8,36 @@ channel. Source: Spectral Diffusion, 2211.17106.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from effuse.ops.bands import haar, unhaar
+
+
+class Heard:
+    """A forward hook that keeps the last output of a module, for each thread that calls it.
+
+    So that layers to which a network passes no time embedding can see it. Copies begin empty.
+    """
+
+    def __init__(self) -> None:
+        self.last: dict[int, Tensor] = {}
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        """Keep the output."""
+        self.last[threading.get_ident()] = output
+
+    def get(self) -> Tensor | None:
+        """Return what this thread heard last; in a thread of autograd, what any did."""
+        mine = self.last.get(threading.get_ident())
+        return next(reversed(self.last.values()), None) if mine is None else mine
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave tensors and threads behind."""
+        return {"last": {}}
 
 
 class Gates(nn.Module):
@@ -24,7 +48,11 @@ class Gates(nn.Module):
         gated: C, the channels of a band.
         hidden: width of the layer between.
         time: width of the time embedding; 0 takes none (the pooled features know the level).
+
+    heard: where the time embedding comes from if a call has none.
     """
+
+    heard: Heard | None = None
 
     def __init__(self, channels: int, gated: int, hidden: int, time: int = 0):
         super().__init__()
@@ -36,9 +64,10 @@ class Gates(nn.Module):
         """Return the gates of x: (B, channels, H, W), with temb: (B, time)."""
         pooled = x.mean((-2, -1))
         if self.time:
+            temb = self.heard.get() if temb is None and self.heard is not None else temb
             if temb is None or temb.shape[-1] != self.time:
                 raise ValueError(f"expected a time embedding of width {self.time}")
-            pooled = torch.cat([pooled, temb.expand(len(pooled), -1)], -1)
+            pooled = torch.cat([pooled, temb.to(pooled).expand(len(pooled), -1)], -1)
         g = torch.sigmoid(self.two(nn.functional.silu(self.one(pooled))))
         return g.unflatten(-1, (4, self.gated))
 

@@ -182,7 +182,7 @@ def _pictures(scale: Scale) -> tuple[list[dict[str, Any]], list[Claim]]:
     rows: list[dict[str, Any]] = []
     errors: dict[tuple[str, str, float], Tensor] = {}
     first = draw({})
-    for how, tuned, delta in _tunings(pipe, base, batches, scale):
+    for how, tuned, delta, size in _tunings(pipe, base, batches, scale):
         whole = draw(tuned)
         lost = (first - whole).square().mean((1, 2, 3)).double()
         head = {"fine_tune": f"house:emoji in gray, {how}"}
@@ -206,7 +206,7 @@ def _pictures(scale: Scale) -> tuple[list[dict[str, Any]], list[Claim]]:
                         "p": p,
                         "q": pruned.q,
                         "bytes": pruned.bytes,
-                        "bytes_of_the_fine_tune": sum(t.nbytes for t in tuned.values()),
+                        "bytes_of_the_fine_tune": size,
                         "error": float(errors[how, way, p].mean()),
                         "color": _color(x),
                     }
@@ -240,8 +240,8 @@ def _color(x: Tensor) -> float:
 
 def _tunings(
     pipe: Any, base: Mapping[str, Tensor], batches: Any, scale: Scale
-) -> Iterator[tuple[str, dict[str, Tensor], Delta]]:
-    """Yield the name, the weights and the change of a fine-tune with Adam, AdamR, and a LoRA."""
+) -> Iterator[tuple[str, dict[str, Tensor], Delta, int]]:
+    """Yield name, weights, change and bytes of a fine-tune with Adam, AdamR, and a LoRA."""
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
@@ -268,7 +268,7 @@ def _tunings(
         tune(make(list(network.parameters())))
         network.eval().requires_grad_(False)
         tuned = {k: v.detach().clone() for k, v in network.state_dict().items()}
-        yield name, tuned, Delta.between(tuned, base)
+        yield name, tuned, Delta.between(tuned, base), sum(t.nbytes for t in tuned.values())
     network.load_state_dict(base)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(6)
@@ -277,9 +277,10 @@ def _tunings(
                                                             "conv1", "conv2", "conv_out"])
         )  # fmt: skip
     tune(torch.optim.Adam([p for p in network.parameters() if p.requires_grad], 3e-3))
-    delta = Delta.of_lora(get_peft_model_state_dict(network))
+    adapter = get_peft_model_state_dict(network)
+    delta = Delta.of_lora(adapter)
     network.delete_adapters("default")
     pipe.unload_lora_weights()
     network.load_state_dict(base)
     tuned = {n: base[n] + d.float() for n, d in delta.items()}
-    yield "a LoRA", tuned, delta
+    yield "a LoRA", tuned, delta, sum(t.nbytes for t in adapter.values())
