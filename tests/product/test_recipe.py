@@ -242,6 +242,25 @@ def test_a_bare_solver_is_a_sampler():
     assert np.isfinite(pictures(pipe)).all()
 
 
+def test_members_are_ranked_on_walks_of_the_recipes_own_sampler(tmp_path):
+    how = {"choice": {"PerKind": {"keep": 0.5}}, "by": {"Curvature": {"draws": 2}}}
+    plan = parse(
+        {
+            "methods": [{"ecodiff": how}, {"ddim": {"steps": 3}}],
+            "calibration": {"prompts": 2, "steps": 2, "calls": 1, "batch": 2},
+        }
+    )
+    assert parse(plan.to_dict()) == plan
+    made = slim(tiny_sd(), plan, progress=False)
+    assert made.reports()[0]["kept"] < 1
+    ((_, handle),) = made.applied
+    assert handle.logits
+    assert all((score >= 0).all() for score in handle.logits.values())
+    expected = pictures(made.pipe)
+    again = effuse.load(made.save(tmp_path / "saved"))
+    np.testing.assert_allclose(pictures(again), expected, atol=1e-5)
+
+
 @pytest.mark.bridge
 def test_four_kinds_survive_save_and_a_fresh_process(tmp_path):
     result = slim(tiny_sd(), FOUR)

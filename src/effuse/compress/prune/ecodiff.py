@@ -174,8 +174,8 @@ class Curvature:
     buys="heads and neurons gone without training a weight, chosen by what the last sample loses",
     missing="masks on the outputs of adaLN norms (optional in the paper); the full fine-tune "
     "afterwards is feature distillation, a LoRA is peft's own (`add_adapter` before healing); "
-    "grouped-query attention is left alone; recipes learn on single answers (`observe`), the whole "
-    "trajectory takes a pipeline (`learn`); SDXL and FLUX themselves have not been tried; "
+    "grouped-query attention is left alone; recipes learn masks on single answers (`observe`), the "
+    "whole trajectory takes a pipeline (`learn`); SDXL and FLUX themselves have not been tried; "
     "learned for minutes, its masks lose to magnitude and Taylor on house:emoji (our `Curvature`, "
     "through the same walk, does not)",
     example=lambda: EcoDiff(PerLayer(0.5), steps=2, accumulate=2),
@@ -227,6 +227,9 @@ class EcoDiff(Transform):
         """Check the fields."""
         if self.by is not None and not isinstance(self.by, Curvature):
             raise TypeError(f"by={self.by!r}: expected Curvature(draws), or None to learn masks")
+        # a minute of walks is at hand in a recipe; the hours that masks take are not
+        object.__setattr__(self, "calibrated", self.by is None)
+        object.__setattr__(self, "walked", self.by is not None)
         for name in self.kinds:
             check_choice("kinds", name, ("heads", "neurons", "channels"))
             if not self.rates.get(name, 0) > 0:
