@@ -93,28 +93,40 @@ def of_pipeline(name: str, pipe: Any, prompts: Sequence[Any], scale: float, step
     return Study(name, model.network, draw, lambda n: model.grid(model.process, n), steps)
 
 
+def small_unet(**changes: Any) -> nn.Module:
+    """Return a UNet of 8 x 8 pixels with random weights, the same each time."""
+    from diffusers import UNet2DModel
+
+    kinds = {
+        "sample_size": 8,
+        "layers_per_block": 1,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 8,
+        "norm_num_groups": 8,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return UNet2DModel(**{**kinds, **changes}).eval()
+
+
+def small_pixels(**changes: Any) -> Any:
+    """Return a DDPM pipeline around `small_unet`."""
+    from diffusers import DDIMScheduler, DDPMPipeline
+
+    return DDPMPipeline(small_unet(**changes), DDIMScheduler(clip_sample=False))
+
+
 def tiny() -> Study:
     """Study random weights: shows that everything runs and counts, and nothing else."""
-    from diffusers import UNet2DModel
+    from diffusers import DDIMScheduler
 
     from effuse.bridge.pipeline import Network
     from effuse.bridge.table import Schedule
 
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = UNet2DModel(
-            sample_size=8,
-            in_channels=2,
-            out_channels=2,
-            layers_per_block=1,
-            block_out_channels=(8, 16),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=8,
-            norm_num_groups=4,
-        ).eval()
+    net = small_unet(in_channels=2, out_channels=2, block_out_channels=(8, 16), norm_num_groups=4)
     net.requires_grad_(False)
-    from diffusers import DDIMScheduler
 
     schedule = Schedule(DDIMScheduler(clip_sample=False, timestep_spacing="trailing"))
     base = Network(net, schedule)

@@ -35,6 +35,7 @@ from effuse.ops.stats import paired
 
 from . import Claim, Evidence, Scale, proof
 from ._drawn import both_halves, drawn
+from ._study import small_pixels
 
 Row = dict[str, Any]
 LR = 5e-4
@@ -395,27 +396,14 @@ def _house(scale: Scale) -> Study:
 
 def _random() -> Study:
     """Study random weights: shows that everything runs, and nothing else."""
-    from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
-
     import effuse
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = UNet2DModel(
-            sample_size=8,
-            layers_per_block=2,
-            block_out_channels=(16, 32),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=8,
-            norm_num_groups=8,
-        ).eval()
-    pipe: Any = DDPMPipeline(network, DDIMScheduler(clip_sample=False))
+    pipe = small_pixels(layers_per_block=2)
     clean = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     calls = [uniform_calls(pipe, 8, clean=clean, count=2, batch=4, seed=s) for s in range(3)]
     return Study(
         pipe,
-        network,
+        pipe.unet,
         effuse.wrap(pipe).bare,
         calls[0],
         calls[1],

@@ -23,6 +23,7 @@ from effuse.ops.grid import Grid, PerChannel, PerTensor
 from effuse.ops.stats import bootstrap, paired
 
 from . import Claim, Evidence, Scale, proof
+from ._study import small_pixels
 
 Make = Callable[[nn.Module], nn.Module]
 
@@ -439,19 +440,6 @@ def _house(scale: Scale) -> Study:
 
 
 def _random() -> Study:
-    from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = UNet2DModel(
-            sample_size=8,
-            layers_per_block=1,
-            block_out_channels=(64, 128),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=32,
-            norm_num_groups=16,
-        ).eval()
-    pipe: Any = DDPMPipeline(network, DDIMScheduler(clip_sample=False))
+    pipe = small_pixels(block_out_channels=(64, 128), attention_head_dim=32, norm_num_groups=16)
     note = "a pixel network with random weights, which says nothing of pictures"
-    return _recorded(Study(pipe, network, 2, 4, 1, [], note, trained=False), 2)
+    return _recorded(Study(pipe, pipe.unet, 2, 4, 1, [], note, trained=False), 2)

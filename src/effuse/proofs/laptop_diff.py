@@ -42,6 +42,7 @@ from effuse.distill.features import (
 from effuse.ops.transport import sliced_wasserstein2
 
 from . import Claim, Evidence, Scale, proof
+from ._study import small_pixels
 
 
 @dataclass
@@ -444,20 +445,8 @@ def _house(scale: Scale) -> Study:
 
 def _tiny() -> Study:
     """Train a pixel network on little rectangles for a few seconds."""
-    from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = UNet2DModel(
-            sample_size=8,
-            layers_per_block=1,
-            block_out_channels=(16, 32),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=8,
-            norm_num_groups=8,
-        )
-    pipe: Any = DDPMPipeline(network, DDIMScheduler(clip_sample=False))
+    pipe = small_pixels()
+    network = pipe.unet.train()
     rng = torch.Generator().manual_seed(0)
     ends = torch.randint(1, 8, (64, 2), generator=rng)
     clean = torch.full((64, 3, 8, 8), -1.0)

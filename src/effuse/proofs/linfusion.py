@@ -33,6 +33,7 @@ from effuse.ops.stats import bootstrap
 
 from . import Claim, Evidence, Scale, proof
 from ._drawn import both_halves, drawn
+from ._study import small_pixels
 
 ARMS = {
     "full": LinearizeAttention(),
@@ -459,20 +460,7 @@ def _house(scale: Scale) -> Study:
 
 def _random() -> Study:
     """Study random weights: shows that everything runs, and nothing else."""
-    from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = UNet2DModel(
-            sample_size=8,
-            layers_per_block=1,
-            block_out_channels=(16, 32),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=8,
-            norm_num_groups=8,
-        ).eval()
-    pipe: Any = DDPMPipeline(network, DDIMScheduler(clip_sample=False))
+    pipe = small_pixels()
     rng = torch.Generator().manual_seed(0)
 
     def calls(side: int, count: int, seed: int) -> list[dict[str, Any]]:
@@ -481,7 +469,7 @@ def _random() -> Study:
 
     return Study(
         pipe,
-        network,
+        pipe.unet,
         calls(8, 2, 1),
         {8: calls(8, 1, 2), 16: calls(16, 1, 3)},
         [],
