@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -153,6 +153,7 @@ def restore(
     from effuse.core.fields import nearest
     from effuse.house.degrade import TASKS, degrade
     from effuse.ops.picture import picture_file, read_picture, save_grid
+    from effuse.ops.stats import psnr
 
     picture_file(out)
     walker = made(solver, Solver, "solver")
@@ -177,13 +178,7 @@ def restore(
     save_grid(torch.cat([*rows, after]), out, columns=len(before))
     console.print(f"{len(before)} restored, {steps} steps, in [bold]{out}[/]")
     if damage is not None:
-        spoiled, mended = (_psnr(x, before) for x in (rows[-1], after))
+        spoiled, mended = (float(psnr(x, before).mean()) for x in (rows[-1], after))
         console.print(
             f"PSNR to the truth: {spoiled:.1f} dB spoiled, [bold]{mended:.1f}[/] restored"
         )
-
-
-def _psnr(x: Any, truth: Any) -> float:
-    """Return the mean over pictures of -10 log10 of the mean squared error, in dB."""
-    error = (x - truth).square().flatten(1).mean(1).clamp_min(1e-10)
-    return float(-10 * error.log10().mean())

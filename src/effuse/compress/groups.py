@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effuse.compress.units import Nothing, Pass, Removal, macs, parameters
+from effuse.compress.units import Finders, Nothing, Pass, Removal, macs, parameters
 from effuse.core.contracts import Call, Where, everywhere
 
 
@@ -94,21 +94,8 @@ class Found:
     empty: Callable[[Removal], None] | None = None
 
 
-Finder = Callable[[str, Any], Iterable[Found]]
-"""Called with the dotted name of a module of a registered type and the module."""
-
-_FINDERS: dict[str, Finder] = {}
-
-
-def register(*types: str | type) -> Callable[[Finder], Finder]:
-    """Record the decorated finder for modules of these types (or names of types) and subclasses."""
-
-    def put(finder: Finder) -> Finder:
-        for t in types:
-            _FINDERS[t if isinstance(t, str) else t.__name__] = finder
-        return finder
-
-    return put
+_FINDERS: Finders[Found] = Finders()
+register = _FINDERS.register
 
 
 class Bias(nn.Module):
@@ -206,12 +193,7 @@ def groups(model: nn.Module, where: Where = everywhere) -> list[Group]:
 
 
 def _found(model: nn.Module) -> list[Found]:
-    made = []
-    for name, module in model.named_modules():
-        for cls in type(module).__mro__:
-            if cls.__name__ in _FINDERS:
-                made += list(_FINDERS[cls.__name__](name, module))
-                break
+    made = [one for _, _, one in _FINDERS(model)]
     uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     return [f for f in made if all(uses[id(_tensor(model, s))] <= 1 for s in f.group.slots)]
 

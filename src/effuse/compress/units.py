@@ -21,13 +21,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from effuse.core.contracts import Call, Where, everywhere
 
+F = TypeVar("F", bound=Callable[[str, Any], Iterable[Any]])
 Edit = Callable[[str, Tensor], Tensor | None]
 """Called with a unit's name and its branch's value; what it returns takes the value's place."""
 
@@ -63,21 +64,41 @@ class Found:
     remove: Callable[[Removal], None]
 
 
-Finder = Callable[[str, Any], Iterable[Found]]
-"""Called with the dotted name of a module of a registered type and the module."""
-
-_FINDERS: dict[str, Finder] = {}
+T = TypeVar("T")
 
 
-def register(*types: str | type) -> Callable[[Finder], Finder]:
-    """Record the decorated finder for modules of these types (or names of types) and subclasses."""
+class Finders(Generic[T]):
+    """What is found in a network, by the types of its modules.
 
-    def put(finder: Finder) -> Finder:
-        for t in types:
-            _FINDERS[t if isinstance(t, str) else t.__name__] = finder
-        return finder
+    A finder is called with the dotted name of a module of a registered type and the module, and
+    gives what there is in it.
+    """
 
-    return put
+    def __init__(self) -> None:
+        self._known: dict[str, Callable[[str, Any], Iterable[T]]] = {}
+
+    def register(self, *types: str | type) -> Callable[[F], F]:
+        """Record the decorated finder for modules of these types (or names of types) or derived."""
+
+        def put(finder: F) -> F:
+            for t in types:
+                self._known[t if isinstance(t, str) else t.__name__] = finder
+            return finder
+
+        return put
+
+    def __call__(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, T]]:
+        """Yield (name of the module, the module, what was found), in the order of the modules."""
+        for name, module in model.named_modules():
+            for cls in type(module).__mro__:
+                if cls.__name__ in self._known:
+                    for one in self._known[cls.__name__](name, module):
+                        yield name, module, one
+                    break
+
+
+_FINDERS: Finders[Found] = Finders()
+register = _FINDERS.register
 
 
 class Nothing(nn.Module):
@@ -196,13 +217,7 @@ class Removal:
 
 def found(model: nn.Module) -> list[Found]:
     """Return the units that are still there, in the order of the model's modules."""
-    out = []
-    for name, module in model.named_modules():
-        for cls in type(module).__mro__:
-            if cls.__name__ in _FINDERS:
-                out += list(_FINDERS[cls.__name__](name, module))
-                break
-    return out
+    return [one for _, _, one in _FINDERS(model)]
 
 
 def units(model: nn.Module, where: Where = everywhere) -> list[Unit]:

@@ -48,3 +48,8 @@ def paired(a: Tensor, b: Tensor, **kwargs: object) -> tuple[float, tuple[float, 
     """Return the mean of a - b over pairs, and its bootstrap interval. a, b: (N,)."""
     difference = torch.as_tensor(a).double() - torch.as_tensor(b).double()
     return float(difference.mean()), bootstrap(difference, **kwargs)  # type: ignore[arg-type]
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Return -10 log10 of the squared error of pictures in [0, 1], (N,) dB; 100 for equal ones."""
+    return -10 * (a - b).double().square().flatten(1).mean(1).clamp_min(1e-10).log10()

@@ -93,6 +93,23 @@ def of_pipeline(name: str, pipe: Any, prompts: Sequence[Any], scale: float, step
     return Study(name, model.network, draw, lambda n: model.grid(model.process, n), steps)
 
 
+@torch.no_grad()
+def answers(network: nn.Module, batches: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """Return what the network says to each batch, in double precision."""
+    out = []
+    for b in batches:
+        args, kwargs = b["call"]
+        out.append(network(*args, **{**kwargs, "return_dict": False})[0].double())
+    return out
+
+
+def error(network: nn.Module, batches: Sequence[dict[str, Any]], wanted: Sequence[Tensor]) -> float:
+    """Return the squared error of the network's answers, as a share of what was wanted."""
+    given = answers(network, batches)
+    off = sum(float((a - b).square().sum()) for a, b in zip(given, wanted, strict=True))
+    return off / sum(float(b.square().sum()) for b in wanted)
+
+
 def small_unet(**changes: Any) -> nn.Module:
     """Return a UNet of 8 x 8 pixels with random weights, the same each time."""
     from diffusers import UNet2DModel

@@ -31,11 +31,11 @@ from effuse.core.contracts import Objective
 from effuse.core.training import fit, warmup_cosine
 from effuse.distill.semantic import SemanticSupervision
 from effuse.nn.regional_attention import RegionalAttention
-from effuse.ops.stats import paired
+from effuse.ops.stats import paired, psnr
 
 from . import Claim, Evidence, Scale, proof
 from ._drawn import both_halves, drawn
-from ._study import small_pixels
+from ._study import answers, error, small_pixels
 
 Row = dict[str, Any]
 LR = 5e-4
@@ -116,7 +116,7 @@ def _arms(study: Study, scale: Scale) -> Iterator[Claim | Row]:
         for u, s, c in zip(probed.units, probed.scores, probed.costs, strict=True)
     }
     names = sorted(probed.removed, key=lambda n: worth[n])
-    whole = _answers(study.network, study.judged)
+    whole = answers(study.network, study.judged)
     call = study.judged[0]["call"]
     total = scale.pick(6, 20, 60)
     stages = len(parts_of(names))
@@ -145,7 +145,7 @@ def _arms(study: Study, scale: Scale) -> Iterator[Claim | Row]:
         "part": "dropped",
         "variant": "not healed",
         "units": names,
-        "output_error": _error(without, study.judged, whole),
+        "output_error": error(without, study.judged, whole),
         "macs": macs(without, call),
         "macs_before": macs(study.network, call),
     }
@@ -163,7 +163,7 @@ def _arms(study: Study, scale: Scale) -> Iterator[Claim | Row]:
                 progress=False,
                 **how,
             )
-            errors.setdefault(name, []).append(_error(student, study.judged, whole))
+            errors.setdefault(name, []).append(error(student, study.judged, whole))
             students.setdefault(name, student)
             yield {
                 "part": "healed",
@@ -244,7 +244,7 @@ def _pictures(
     less = max(1, round(share * steps))
     judge = house.clip()
     pictures: dict[str, Tensor] = {}
-    psnr: dict[str, Tensor] = {}
+    near: dict[str, Tensor] = {}
     for label, network, count in (
         ("original", study.network, steps),
         ("dropped, not healed", without, steps),
@@ -255,16 +255,15 @@ def _pictures(
         rng = torch.Generator().manual_seed(700)
         x = model.sample(texts, steps=count, guidance=4.0, rng=rng).clamp(0, 1).float()
         pictures[label] = x
-        error = (x - pictures["original"]).square().mean((1, 2, 3)).double()
-        psnr[label] = -10 * error.clamp_min(1e-10).log10()
+        near[label] = psnr(x, pictures["original"])
         yield {
             "part": "pictures",
             "variant": label,
             "steps": count,
             "text_score": float(judge.score(x, texts).mean()),
-            "psnr": float(psnr[label].mean()),
+            "psnr": float(near[label].mean()),
         }
-    ours, theirs = psnr[f"dropped, {name}"], psnr[f"original, {less} steps"]
+    ours, theirs = near[f"dropped, {name}"], near[f"original, {less} steps"]
     yield Claim(
         f"healed for {scale.pick(6, 20, 60)} steps ({name}), its pictures are closer to the "
         f"original's than {less} of {steps} steps of the original, which cost the same",
@@ -284,7 +283,7 @@ def _pictures(
 def _regions(study: Study, scale: Scale) -> Iterator[Claim | Row]:
     """Swap the top self-attention, learn its weights for a while, look at the task's error."""
     network = copy.deepcopy(study.network)
-    whole, before = _answers(network, study.judged), _task(network, study.judged)
+    whole, before = answers(network, study.judged), _task(network, study.judged)
     rises = {}
     for name, made in {
         "means": GlobalRegional(window=4),
@@ -294,7 +293,7 @@ def _regions(study: Study, scale: Scale) -> Iterator[Claim | Row]:
     }.items():
         student = copy.deepcopy(network)
         handle = made.attach(student)
-        at_once = _error(student, study.judged, whole)
+        at_once = error(student, study.judged, whole)
         goal: Any = everything(study.network, student, ())
         student.requires_grad_(False)
         for layer in handle.layers.values():
@@ -317,7 +316,7 @@ def _regions(study: Study, scale: Scale) -> Iterator[Claim | Row]:
             "layers": len(handle.layers),
             "steps": steps,
             "output_error_at_once": at_once,
-            "output_error": _error(student, study.judged, whole),
+            "output_error": error(student, study.judged, whole),
             "task_error_rise": rises[name],
         }
     yield Claim(
@@ -338,25 +337,8 @@ def _shuffled(batches: Sequence[dict[str, Any]]) -> Any:
     return lambda rng: batches[int(torch.randint(len(batches), (), generator=rng))]
 
 
-@torch.no_grad()
-def _answers(network: nn.Module, batches: Sequence[dict[str, Any]]) -> list[Tensor]:
-    out = []
-    for b in batches:
-        args, kwargs = b["call"]
-        out.append(network(*args, **{**kwargs, "return_dict": False})[0].double())
-    return out
-
-
-def _error(
-    network: nn.Module, batches: Sequence[dict[str, Any]], wanted: Sequence[Tensor]
-) -> float:
-    given = _answers(network, batches)
-    off = sum(float((a - b).square().sum()) for a, b in zip(given, wanted, strict=True))
-    return off / sum(float(b.square().sum()) for b in wanted)
-
-
 def _task(network: nn.Module, batches: Sequence[dict[str, Any]]) -> float:
-    given = _answers(network, batches)
+    given = answers(network, batches)
     off = [(a - b["target"]).square().mean() for a, b in zip(given, batches, strict=True)]
     return float(torch.stack(off).mean())
 

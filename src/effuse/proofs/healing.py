@@ -25,7 +25,7 @@ from effuse.core import Solver
 from effuse.core.training import fit, warmup_cosine
 from effuse.distill.features import FeatureDistillation, Normalizer, PerBatch, Plain
 from effuse.distill.taps import Tapped
-from effuse.ops.stats import paired
+from effuse.ops.stats import paired, psnr
 from effuse.solvers import DDIM
 from effuse.solvers.momentum import Momentum
 
@@ -80,7 +80,7 @@ class Clinic:
             "score_change": change,
             "score_change_low": interval[0],
             "score_change_high": interval[1],
-            "psnr_db": float(-10 * apart.clamp_min(1e-10).log10().mean()),
+            "psnr_db": float(psnr(x, self.first[0]).mean()),
             "parameters_kept": parameters(network) / parameters(self.teacher),
             **more,
             "each": (fits, apart),

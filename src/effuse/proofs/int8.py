@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from effuse.compress.quantize.int8 import Int8, WeightOnly
 from effuse.nn.quantized import Dequantized, Integer, quantizable, quantized
 from effuse.ops.grid import Grid, PerChannel, PerTensor
-from effuse.ops.stats import bootstrap, paired
+from effuse.ops.stats import bootstrap, paired, psnr
 
 from . import Claim, Evidence, Scale, proof
 from ._study import small_pixels
@@ -107,15 +107,15 @@ def _variants(study: Study, scale: Scale) -> Iterator[dict[str, Any]]:
             float((_answer(network, call) - y).norm() / y.norm())
             for call, y in zip(study.calls, whole, strict=True)
         ]
-        psnr = _psnr(study.pictures(network, study.steps), pictures)
+        near = psnr(study.pictures(network, study.steps), pictures)
         row: dict[str, Any] = {
             "part": "network",
             "variant": v.name,
             "bytes": _stored(network, v.bits),
             "output_error": sum(off) / len(off),
-            "psnr": float(psnr.mean()),
-            "psnr_interval": bootstrap(psnr),
-            "_psnr": psnr,
+            "psnr": float(near.mean()),
+            "psnr_interval": bootstrap(near),
+            "_psnr": near,
         }
         if v.timed:
             ratio = seconds[v.name] / base
@@ -125,15 +125,15 @@ def _variants(study: Study, scale: Scale) -> Iterator[dict[str, Any]]:
         yield row
     share = float((seconds["int8"] / base).median())
     fewer = max(1, round(study.steps * min(share, 1.0)))
-    psnr = _psnr(study.pictures(study.network, fewer), pictures)
+    near = psnr(study.pictures(study.network, fewer), pictures)
     yield {
         "part": "network",
         "variant": "float32, fewer steps",
         "steps": fewer,
         "bytes": _stored(study.network, None),
-        "psnr": float(psnr.mean()),
-        "psnr_interval": bootstrap(psnr),
-        "_psnr": psnr,
+        "psnr": float(near.mean()),
+        "psnr_interval": bootstrap(near),
+        "_psnr": near,
     }
 
 
@@ -297,11 +297,6 @@ def _answer(network: nn.Module, call: Any) -> Tensor:
     out = network(*args, **kwargs)
     first: Tensor = out[0]
     return first.float()
-
-
-def _psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Return decibels (N,) of pictures in [0, 1]; 100 for equal ones."""
-    return -10 * (a - b).square().flatten(1).mean(1).clamp_min(1e-10).log10()
 
 
 def _race(networks: dict[str, nn.Module], calls: Sequence[Any], rounds: int) -> dict[str, Tensor]:

@@ -29,11 +29,11 @@ from effuse.compress.units import macs
 from effuse.core.training import warmup_cosine
 from effuse.evaluate.cost import CountMacs, Peak
 from effuse.nn.linear_attention import LinearAttention
-from effuse.ops.stats import bootstrap
+from effuse.ops.stats import bootstrap, psnr
 
 from . import Claim, Evidence, Scale, proof
 from ._drawn import both_halves, drawn
-from ._study import small_pixels
+from ._study import answers, error, small_pixels
 
 ARMS = {
     "full": LinearizeAttention(),
@@ -175,7 +175,7 @@ def _slope(counts: Sequence[int], values: Sequence[float]) -> float:
 
 
 def _arms(study: Study, scale: Scale) -> Iterator[Claim | Row]:
-    wanted = {side: _answers(study.network, calls) for side, calls in study.judged.items()}
+    wanted = {side: answers(study.network, calls) for side, calls in study.judged.items()}
     near, far = min(study.judged), max(study.judged)
     errors: dict[str, list[dict[int, float]]] = {}
     best: nn.Module | None = None
@@ -200,7 +200,7 @@ def _arms(study: Study, scale: Scale) -> Iterator[Claim | Row]:
                     progress=False,
                 )
                 spent = time.perf_counter() - begun
-            found = {s: _error(student, c, wanted[s]) for s, c in study.judged.items()}
+            found = {s: error(student, c, wanted[s]) for s, c in study.judged.items()}
             errors.setdefault(name, []).append(found)
             handle.observe([b["call"] for b in study.judged[far][:1]])
             yield {
@@ -328,7 +328,7 @@ def _pictures(study: Study, student: nn.Module, scale: Scale) -> Iterator[Claim 
             "canvas": 64,
             "text_score": float(scores[name].mean()),
             "text_score_interval": bootstrap(scores[name]),
-            "psnr": _psnr(drawn[name], drawn["original"]),
+            "psnr": _near(drawn[name], drawn["original"]),
         }
     yield Claim(
         "distilled for minutes, pictures at 64 px keep 98 % of the original's text-image score",
@@ -372,48 +372,27 @@ def _pictures(study: Study, student: nn.Module, scale: Scale) -> Iterator[Claim 
             "levels": count,
             "macs": counted.macs,
             "text_score": float(score.mean()),
-            "psnr": _psnr(large[name], large["original"]),
+            "psnr": _near(large[name], large["original"]),
         }
     if spent["distilled"] < spent["original"]:
         yield Claim(
             f"enlarged to {side} px, its pictures are closer to the original's than those of the "
             "original in fewer steps at equal cost",
-            _psnr(large["original, fewer steps"], large["original"]),
-            _psnr(large["distilled"], large["original"]),
+            _near(large["original, fewer steps"], large["original"]),
+            _near(large["distilled"], large["original"]),
             "dB of PSNR",
             "higher",
-            _psnr(large["distilled"], large["original"])
-            > _psnr(large["original, fewer steps"], large["original"]),
+            _near(large["distilled"], large["original"])
+            > _near(large["original, fewer steps"], large["original"]),
         )
+
+
+def _near(a: Tensor, b: Tensor) -> float:
+    return float(psnr(a.clamp(0, 1), b.clamp(0, 1)).mean())
 
 
 def _shrunk(pictures: Tensor) -> Tensor:
     return F.interpolate(pictures, (64, 64), mode="bicubic", antialias=True).clamp(0, 1)
-
-
-def _psnr(a: Tensor, b: Tensor) -> float:
-    error = (a.clamp(0, 1) - b.clamp(0, 1)).square().mean((1, 2, 3)).double()
-    return float((-10 * error.clamp_min(1e-10).log10()).mean())
-
-
-# ---- helpers
-
-
-@torch.no_grad()
-def _answers(network: nn.Module, batches: Sequence[dict[str, Any]]) -> list[Tensor]:
-    out = []
-    for b in batches:
-        args, kwargs = b["call"]
-        out.append(network(*args, **{**kwargs, "return_dict": False})[0].double())
-    return out
-
-
-def _error(
-    network: nn.Module, batches: Sequence[dict[str, Any]], wanted: Sequence[Tensor]
-) -> float:
-    given = _answers(network, batches)
-    off = sum(float((a - b).square().sum()) for a, b in zip(given, wanted, strict=True))
-    return off / sum(float(b.square().sum()) for b in wanted)
 
 
 STEPS = {"smoke": 4, "small": 40, "proof": 50}

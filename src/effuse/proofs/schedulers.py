@@ -21,6 +21,7 @@ from effuse.bridge.pipeline import wrap
 from effuse.bridge.scheduler import scheduler
 from effuse.bridge.table import Schedule
 from effuse.core import Denoiser, Gaussian, Mixture, Solver, methods
+from effuse.ops.stats import psnr
 from effuse.ops.transport import sliced_wasserstein2
 from effuse.processes import Grid, Tabulated, Tapered
 from effuse.solvers import DDIM, DPMpp2M
@@ -380,11 +381,10 @@ def on_pictures(scale: Scale) -> tuple[list[Claim], list[dict[str, Any]]]:
         for solver in (DDIM(), DPMpp2M(), PLMS(), Momentum()):
             for levels, grid in (("the pipeline's", model.grid), ("tapered", Tapered())):
                 for n in (5, 10, 20):
-                    gap = (draw(solver, steps=n, grid=grid) - truth).square().flatten(1).mean(1)
-                    psnr = float((-10 * gap.clamp_min(1e-10).log10()).mean())
+                    near = float(psnr(draw(solver, steps=n, grid=grid), truth).mean())
                     row = {"part": part, "of": levels, "scheduler": type(solver).__name__}
-                    rows.append({**row, "calls": n, "psnr": psnr})
-                    found[levels] += [psnr] if n == 10 else []
+                    rows.append({**row, "calls": n, "psnr": near})
+                    found[levels] += [near] if n == 10 else []
         before, after = (sum(v) / len(v) for v in found.values())
         claims.append(
             Claim(

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effuse.compress.units import Removal
+from effuse.compress.units import Finders, Removal
 from effuse.core.contracts import Where, everywhere
 
 
@@ -88,21 +88,8 @@ class Width:
         return self.name.rpartition(":")[0]
 
 
-Finder = Callable[[str, Any], Iterable[Width]]
-"""Called with the dotted name of a module of a registered type and the module."""
-
-_FINDERS: dict[str, Finder] = {}
-
-
-def register(*types: str) -> Callable[[Finder], Finder]:
-    """Record the decorated finder for modules of types of these names, and subclasses."""
-
-    def put(finder: Finder) -> Finder:
-        for t in types:
-            _FINDERS[t] = finder
-        return finder
-
-    return put
+_FINDERS: Finders[Width] = Finders()
+register = _FINDERS.register
 
 
 def widths(model: nn.Module, where: Where = everywhere) -> list[Width]:
@@ -110,14 +97,7 @@ def widths(model: nn.Module, where: Where = everywhere) -> list[Width]:
 
     `where` is asked with the dotted name of the module that a width belongs to.
     """
-    out = []
-    for name, module in model.named_modules():
-        for cls in type(module).__mro__:
-            if cls.__name__ in _FINDERS:
-                found = list(_FINDERS[cls.__name__](name, module))
-                out += found if where(name, module) else []
-                break
-    return out
+    return [one for name, module, one in _FINDERS(model) if where(name, module)]
 
 
 # ---- narrowing
@@ -608,7 +588,7 @@ def _attention(name: str, a: Any) -> Iterator[Width]:
     yield v.width("v", twin=f"{name}:qk")
 
 
-def _mlp(first: str, last: str) -> Finder:
+def _mlp(first: str, last: str) -> Callable[[str, Any], Iterator[Width]]:
     def find(name: str, m: Any) -> Iterator[Width]:
         s = _Slots(name, m, 0)
         (_, a), (_, b) = s.at(first), s.at(last)
