@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -204,3 +205,55 @@ def test_parameters_without_a_gradient_are_left_alone(make):
 def test_options_out_of_range(cls, bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         cls(parameters(), **bad)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_stacks_follow_what_happens_to_their_parameters(make, dtype):
+    rng = torch.Generator().manual_seed(0)
+    shapes = [(6, 5)] * 7 + [(5, 6)] * 2 + [(4, 3, 2)] * 3 + [(3,)] * 4
+    first = [torch.randn(s, generator=rng, dtype=dtype) for s in shapes]
+    sides = [[torch.nn.Parameter(x.clone()) for x in first] for _ in range(2)]
+    optimizers = [make(p, foreach=f) for p, f in zip(sides, (None, False), strict=True)]
+
+    def steps(count, absent=0.0):
+        for _ in range(count):
+            for one, other in zip(*sides, strict=True):
+                g = torch.randn(one.shape, generator=rng, dtype=dtype)
+                gone = float(torch.rand((), generator=rng)) < absent
+                one.grad, other.grad = (None, None) if gone else (g, g.clone())
+            for optimizer in optimizers:
+                optimizer.step()
+        for one, other in zip(*sides, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+    steps(3)
+    steps(4, absent=0.3)  # from here on the counts of steps differ
+    steps(2)
+    for i, optimizer in enumerate(optimizers):
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        name = next(iter(optimizer.kept))
+        optimizer.state[sides[i][1]][name] = torch.zeros_like(sides[i][1])  # put in by hand
+    steps(2)
+    with torch.no_grad():
+        for params in sides:
+            params[0].mul_(2)
+            params[1].data = params[1].data.t().contiguous().t()
+    steps(2)
+    for optimizer in optimizers:
+        optimizer.add_param_group({"params": [torch.nn.Parameter(first[0].clone())]})
+    sides = [[p for g in o.param_groups for p in g["params"]] for o in optimizers]
+    steps(2)
+
+
+@every
+def test_a_copy_steps_on_its_own(make):
+    params = parameters() + parameters()
+    optimizer = make(params)
+    walk(optimizer, params, 3)
+    (copied,), theirs = pickle.loads(pickle.dumps([[optimizer], params]))
+    before = [p.detach().clone() for p in params]
+    walk(copied, theirs, 2, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
+    walk(optimizer, params, 2, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(params, theirs, strict=True))

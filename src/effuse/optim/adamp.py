@@ -13,7 +13,19 @@ from torch import Tensor
 from effuse.core.errors import check_choice
 from effuse.core.method import method
 
-from .base import Batch, Together, adam, check_adam, each, in_range, moments, plain, walk
+from .base import (
+    Batch,
+    Together,
+    adam,
+    check_adam,
+    each,
+    in_range,
+    moments,
+    piled,
+    plain,
+    rowwise,
+    walk,
+)
 
 VIEWS = ("auto", "channel", "layer", "off")
 
@@ -63,41 +75,46 @@ def project(
     Returns:
         For each weight what its weight decay is multiplied by, and the view that fired or "".
     """
-    ratios, fired = [1.0] * len(updates), [""] * len(updates)
+    fired = [""] * len(updates)
     shapes: dict[tuple[int, ...], list[int]] = {}
     for i, w in enumerate(weights):
         shapes.setdefault(tuple(w.shape), []).append(i)
-    views = ("channel", "layer") if view == "auto" else () if view == "off" else (view,)
-    for left in shapes.values():
-        w, g = (_stack([part[i] for i in left]) for part in (weights, grads))
-        for name in views:
-            if not left:
-                break
-            wv = rows(w, name)
-            if view == "auto":
-                limit = delta / math.sqrt(wv.shape[-1])
-                hits = (cosines(rows(g, name), wv, eps).amax(-1) < limit).tolist()
-            else:
-                hits = [True] * len(left)
-            chosen = [i for i, hit in enumerate(hits) if hit]
-            if not chosen:
-                continue
-            done = [left[i] for i in chosen]
-            p = rows(_stack([updates[i] for i in done]), name)
-            part = wv if len(chosen) == len(left) else wv[chosen]
-            new = tangent(p, part, eps).reshape(len(done), *w.shape[1:])
-            torch._foreach_copy_([updates[i] for i in done], list(new.unbind()))
-            for i in done:
-                ratios[i], fired[i] = wd_ratio, name
-            rest = [i for i, hit in enumerate(hits) if not hit]
-            left = [left[i] for i in rest]
-            if left:
-                w, g = w[rest], g[rest]
-    return ratios, fired
+    for some in shapes.values():
+        u, w, g = (piled([part[i] for i in some]) for part in (updates, weights, grads))
+        names = project_stack(u, w, g, delta=delta, eps=eps, view=view)
+        done = [i for i, name in enumerate(names) if name]
+        if done and len(some) > 1:
+            torch._foreach_copy_([updates[some[i]] for i in done], [u[i] for i in done])
+        for i in done:
+            fired[some[i]] = names[i]
+    return [wd_ratio if name else 1.0 for name in fired], fired
 
 
-def _stack(tensors: list[Tensor]) -> Tensor:
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+def project_stack(
+    updates: Tensor, weights: Tensor, grads: Tensor, *, delta: float, eps: float, view: str
+) -> list[str]:
+    """Do `project` with tensors of one shape, (K, *shape) each; return the views that fired."""
+    names, left = [""] * len(weights), list(range(len(weights)))
+    for name in ("channel", "layer") if view == "auto" else () if view == "off" else (view,):
+        w, g = (x if len(left) == len(weights) else x[left] for x in (weights, grads))
+        w = rows(w, name)
+        hits = [True] * len(left)
+        if view == "auto":
+            limit = delta / math.sqrt(w.shape[-1])
+            hits = (cosines(rows(g, name), w, eps).amax(-1) < limit).tolist()
+        chosen = [i for i, hit in zip(left, hits, strict=True) if hit]
+        if len(chosen) == len(weights):
+            updates.copy_(tangent(rows(updates, name), w, eps).reshape(updates.shape))
+        elif chosen:
+            w = rows(weights[chosen], name)
+            some = tangent(rows(updates[chosen], name), w, eps)
+            updates[chosen] = some.reshape(len(chosen), *updates.shape[1:])
+        for i in chosen:
+            names[i] = name
+        left = [i for i, hit in zip(left, hits, strict=True) if not hit]
+        if not left:
+            break
+    return names
 
 
 class Projected(Together):
@@ -112,25 +129,41 @@ class Projected(Together):
             check_choice("projection", group["projection"], VIEWS)
         self._fired: dict[Tensor, str] = {}
 
-    def _project(self, group: dict[str, Any], batch: Batch, updates: list[Tensor]) -> list[float]:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what was copied or unpickled."""
+        super().__setstate__(state)
+        self._fired = {}
+
+    def _project(
+        self, group: dict[str, Any], batch: Batch, updates: list[Tensor]
+    ) -> list[float | Tensor]:
         """Project in place what has two axes or more; return the share of the decay of each."""
-        ratios = [1.0] * len(updates)
-        wide = [i for i, owner in enumerate(batch.owners) if owner.ndim > 1]
-        if not wide:
+        how = {"delta": group["delta"], "eps": group["eps"], "view": group["projection"]}
+        ratios: list[float | Tensor] = [1.0] * len(updates)
+        wide = [i for i, owners in enumerate(batch.owners) if owners[0].ndim > 1]
+        if not batch.stacked:
+            parts = ([x[i] for i in wide] for x in (updates, batch.params, batch.grads))
+            found, fired = project(*parts, wd_ratio=group["wd_ratio"], **how)
+            for i, ratio, name in zip(wide, found, fired, strict=True):
+                ratios[i] = ratio
+                self._fired[batch.owners[i][0]] = name
             return ratios
-        found, fired = project(
-            [updates[i] for i in wide],
-            [batch.params[i] for i in wide],
-            [batch.grads[i] for i in wide],
-            delta=group["delta"],
-            wd_ratio=group["wd_ratio"],
-            eps=group["eps"],
-            view=group["projection"],
-        )
-        for i, ratio, name in zip(wide, found, fired, strict=True):
-            ratios[i] = ratio
-            self._fired[batch.owners[i]] = name
+        for i in wide:
+            names = project_stack(updates[i], batch.params[i], batch.grads[i], **how)
+            self._fired.update(zip(batch.owners[i], names, strict=True))
+            each = [group["wd_ratio"] if name else 1.0 for name in names]
+            ratios[i] = each[0] if len(set(each)) == 1 else rowwise(each, updates[i])
         return ratios
+
+    def _decay(self, batch: Batch, decay: float, ratios: list[float | Tensor]) -> None:
+        """Multiply each of the parameters by 1 - decay ratio."""
+        numbers = [r for r in ratios if not isinstance(r, Tensor)]
+        if len(numbers) == len(ratios):
+            shrink = plain([1 - decay * r for r in numbers])
+            torch._foreach_mul_(batch.params, each(shrink, batch.params))
+        else:
+            for p, ratio in zip(batch.params, ratios, strict=True):
+                p.mul_(1 - decay * ratio)
 
     def fired(self) -> dict[str, int]:
         """Return how many tensors were projected in the last step: by "channel", "layer", "none".
@@ -207,9 +240,7 @@ class AdamP(Projected):
         updates = list(torch._foreach_div(above, roots))
         ratios = self._project(group, batch, updates)
         if group["weight_decay"]:
-            decay = group["lr"] * group["weight_decay"]
-            shrink = plain([1 - decay * ratio for ratio in ratios])
-            torch._foreach_mul_(batch.params, each(shrink, batch.params))
+            self._decay(batch, group["lr"] * group["weight_decay"], ratios)
         walk(batch.params, updates, sizes)
 
 
@@ -273,7 +304,5 @@ class SGDP(Projected):
             updates = [buffer.clone() for buffer in buffers]
         ratios = self._project(group, batch, updates)
         if group["weight_decay"]:
-            decay = group["lr"] * group["weight_decay"] / (1 - mu)
-            shrink = plain([1 - decay * ratio for ratio in ratios])
-            torch._foreach_mul_(batch.params, each(shrink, batch.params))
+            self._decay(batch, group["lr"] * group["weight_decay"] / (1 - mu), ratios)
         walk(batch.params, updates, [group["lr"]] * len(updates))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from effuse.core.method import method
 
-from .base import Batch, Together, each, in_range
+from .base import Batch, Together, each, in_range, rowwise
 
 
 def signal_to_noise(grad: Tensor, eps: float = 1e-8) -> float | None:
@@ -93,31 +93,42 @@ class SGDSaI(Together):
 
     kept = ("momentum_buffer",)
 
+    def stackable(self, state: Mapping[str, Any]) -> bool:
+        """Return whether it has a scale."""
+        return "scale" in state
+
     def update(self, group: dict[str, Any], batch: Batch) -> None:
         """Measure what has no scale yet, then step all that has one."""
-        mu, lr, scales = group["momentum"], group["lr"], []
-        for owner, grad, buffer in zip(
-            batch.owners, batch.grads, batch.kept["momentum_buffer"], strict=True
-        ):
-            state = self.state[owner]
-            if "scale" not in state:
-                scale = signal_to_noise(grad, group["eps"])
-                if scale is not None:
-                    state["scale"] = min(scale, group["max_scale"] or math.inf)
-                    buffer.copy_(grad)
-            scales.append(state.get("scale"))
-        ready = [i for i, scale in enumerate(scales) if scale is not None]
+        buffers, lr = batch.kept["momentum_buffer"], group["lr"]
+        if not batch.stacked:
+            for owners, grad, buffer in zip(batch.owners, batch.grads, buffers, strict=True):
+                self._measure(group, self.state[owners[0]], grad, buffer)
+        ready = [i for i, owners in enumerate(batch.owners) if "scale" in self.state[owners[0]]]
         if not ready:
             return
-        params = [batch.params[i] for i in ready]
-        grads = [batch.grads[i] for i in ready]
-        buffers = [batch.kept["momentum_buffer"][i] for i in ready]
-        torch._foreach_lerp_(buffers, grads, 1 - mu)  # of the first gradient with itself: itself
+        scales = [[self.state[p]["scale"] for p in batch.owners[i]] for i in ready]
+        params, grads, buffers = (
+            [tensors[i] for i in ready] for tensors in (batch.params, batch.grads, buffers)
+        )
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])  # the first: with itself
         if group["weight_decay"]:
             torch._foreach_mul_(params, each(1 - lr * group["weight_decay"], params))
-        one = torch.ones((), dtype=params[0].dtype, device=params[0].device)
-        sizes = [-lr * scales[i] for i in ready]
-        torch._foreach_addcmul_(params, buffers, [one] * len(ready), sizes)
+        if batch.stacked:
+            for p, buffer, some in zip(params, buffers, scales, strict=True):
+                p.addcmul_(buffer, rowwise(some, p), value=-lr)
+        else:
+            one = torch.ones((), dtype=params[0].dtype, device=params[0].device)
+            sizes = [-lr * some[0] for some in scales]
+            torch._foreach_addcmul_(params, buffers, [one] * len(params), sizes)
+
+    def _measure(
+        self, group: dict[str, Any], state: dict[str, Any], grad: Tensor, buffer: Tensor
+    ) -> None:
+        """Give a parameter its scale and its first momentum, if this gradient can tell."""
+        scale = None if "scale" in state else signal_to_noise(grad, group["eps"])
+        if scale is not None:
+            state["scale"] = min(scale, group["max_scale"] or math.inf)
+            buffer.copy_(grad)
 
     def scales(self) -> dict[str, float | None]:
         """Return the scale of each parameter by its name, or place; None before it has one."""

@@ -265,7 +265,7 @@ def peers(name: str) -> dict[str, Callable[..., Any]]:
     }
 
 
-ADAM = (3e-4, 1e-3, 3e-3, 1e-2)
+ADAM = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 SGD = (1e-2, 3e-2, 1e-1, 3e-1)
 """Grids of rates; the middle of each is what nets of this size are usually trained at."""
 

@@ -30,9 +30,9 @@ class Watched(DiffGrad):
 
     def update(self, group: dict[str, Any], batch: Any) -> None:
         """Note the change, then step."""
-        before = batch.kept["previous_grad"]
-        for owner, old, new in zip(batch.owners, before, batch.grads, strict=True):
-            self.state[owner]["last_change"] = new - old
+        change = torch._foreach_sub(batch.grads, batch.kept["previous_grad"])
+        for owner, x in batch.split(change):
+            self.state[owner]["last_change"] = x
         super().update(group, batch)
 
 

@@ -21,7 +21,7 @@ class BySize(SGDSaI):
 
     def update(self, group: dict[str, Any], batch: Any) -> None:
         """Set the scales, then step."""
-        for owner in batch.owners:
+        for owner in (p for owners in batch.owners for p in owners):
             self.state[owner].setdefault("scale", math.sqrt(owner.numel()))
         super().update(group, batch)
 
