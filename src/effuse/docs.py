@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -152,19 +153,48 @@ def slimming_table(folder: Path) -> str:
         ("time", "time_ratio", "{:.2f}", 1.0),
         ("healing min", "healing_minutes", "{:.1f}", 1.0),
     )
-    out = [
-        f"| network | variant | removed | {' | '.join(h for h, *_ in heads)} |",
-        "| --- " * (len(heads) + 3) + "|",
-    ]
-    for row in found["rows"]:
-        of = f"{row['share']:.0%} of {row['share_of'].split('_')[-1]}" if row["share"] else ""
-        cells = [
-            "-" if row.get(key) is None else form.format(row[key] * unit)
-            for _, key, form, unit in heads
+    out = []
+    for network in dict.fromkeys(row["network"] for row in found["rows"]):
+        rows = [row for row in found["rows"] if row["network"] == network]
+        out += [f"### {network}", "", *_scores(rows), "<details><summary>all figures</summary>", ""]
+        out += [
+            f"| variant | removed | {' | '.join(h for h, *_ in heads)} |",
+            "| --- " * (len(heads) + 2) + "|",
         ]
-        why = f" ({row['note']})" if row.get("score_kept") is None else ""
-        out.append(f"| {row['network']} | {row['variant']}{why} | {of} | {' | '.join(cells)} |")
-    return "\n".join([*out, "", f"Size {found['size']}. {found['notes']}"])
+        for row in rows:
+            of = f"{row['share']:.0%} of {row['share_of'].split('_')[-1]}" if row["share"] else ""
+            cells = [
+                "-" if row.get(key) is None else form.format(row[key] * unit)
+                for _, key, form, unit in heads
+            ]
+            why = f" ({row['note']})" if row.get("score_kept") is None else ""
+            out.append(f"| {row['variant']}{why} | {of} | {' | '.join(cells)} |")
+        out += ["", "</details>", ""]
+    return "\n".join([*out, f"Size {found['size']}. {found['notes']}"])
+
+
+def _scores(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a table of the score kept and PSNR of each way, a column for each usual share."""
+    kept: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        if row["share"] and row.get("score_kept") is not None:
+            what = row["variant"], row["share_of"].split("_")[-1]
+            cell = f"{row['score_kept']:.1%}, {row['psnr_db']:.1f} dB"
+            kept.setdefault(what, {})[f"{row['share']:.0%}"] = cell
+    common = Counter(share for cells in kept.values() for share in cells)
+    shares = [share for share, count in common.items() if count > 2]
+    if len(shares) < 2:
+        return []
+    return [
+        f"| score kept, PSNR | removed | {' | '.join(shares)} |",
+        "| --- " * (len(shares) + 2) + "|",
+        *(
+            f"| {name} | {of} | {' | '.join(cells.get(share, '-') for share in shares)} |"
+            for (name, of), cells in kept.items()
+            if cells.keys() & set(shares)
+        ),
+        "",
+    ]
 
 
 def _between(text: str, name: str, filled: str, where: str) -> str:
