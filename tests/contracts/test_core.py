@@ -568,3 +568,15 @@ def test_no_minutes_left_is_no_step():
     objective = Regression()
     opts = {p: torch.optim.SGD(objective.parameters_of(p), 0.1) for p in objective.players}
     assert fit(objective, batches, opts, steps=5, minutes=-1.0, progress=False).step == 0
+
+
+@pytest.mark.parametrize(("steps", "minutes"), [(40, None), (10**9, 0.005), (40, 60.0)])
+def test_progress_follows_what_ends_the_run(monkeypatch, steps, minutes):
+    from rich.progress import Progress
+
+    shown, objective = [], Regression()
+    monkeypatch.setattr(Progress, "update", lambda *a, completed, **k: shown.append(completed))
+    opts = {p: torch.optim.SGD(objective.parameters_of(p), 0.1) for p in objective.players}
+    done = fit(objective, batches, opts, steps=steps, minutes=minutes, log_every=1)
+    assert done.step == len(shown) > 1
+    assert shown == sorted(shown) and 0 < shown[0] < 0.8 < shown[-1] <= 1

@@ -182,15 +182,16 @@ def fit(
     begun, done = time.perf_counter() - spent, first
     out = Fit(first, spent, [], average)
     objective.train()
-    bar = _bar(steps, first, progress and engine.is_main_process)
-    with bar as tick:
-        while done < steps:
-            part = done / steps
-            if minutes is not None:
-                spent = time.perf_counter() - begun
-                if spent >= 60 * minutes:
-                    break
-                part = max(part, spent / (60 * minutes))
+
+    def share() -> float:
+        """Return how much of the run is behind, by its steps or its clock."""
+        if done >= steps or (minutes is not None and minutes <= 0):
+            return 1.0
+        by_clock = 0.0 if minutes is None else (time.perf_counter() - begun) / (60 * minutes)
+        return max(done / steps, by_clock)
+
+    with _bar(share(), progress and engine.is_main_process) as tick:
+        while (part := share()) < 1:
             batch = _to(draw(), engine.device)
             losses: dict[str, Loss] = {}
             for name in players:
@@ -223,7 +224,7 @@ def fit(
                 out.history.append(row)
                 if store and engine.is_main_process:
                     store.log(row)
-                tick(done, row)
+                tick(share(), done, row)
             stop = bool(on_step(done, losses)) if on_step else False
             if store and engine.is_main_process and (stop or done % save_every == 0):
                 store.save(done, out.seconds)
@@ -292,23 +293,27 @@ def _row(step: int, seconds: float, losses: Mapping[str, Loss]) -> dict[str, flo
 
 
 @contextlib.contextmanager
-def _bar(steps: int, first: int, shown: bool) -> Iterator[Callable[[int, dict[str, float]], None]]:
+def _bar(
+    first: float, shown: bool
+) -> Iterator[Callable[[float, int, dict[str, float]], None]]:
     if not shown:
-        yield lambda done, row: None
+        yield lambda share, done, row: None
         return
     from rich.progress import (
         BarColumn,
-        MofNCompleteColumn,
         Progress,
+        TaskProgressColumn,
         TextColumn,
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     with Progress(*columns, TimeRemainingColumn()) as bar:
-        task = bar.add_task("fit", total=steps, completed=first)
-        yield lambda done, row: bar.update(
-            task, completed=done, description=f"loss {row.get('loss', float('nan')):.4g}"
+        task = bar.add_task("fit", total=1.0, completed=first)
+        yield lambda share, done, row: bar.update(
+            task,
+            completed=min(share, 1.0),
+            description=f"step {done}, loss {row.get('loss', float('nan')):.4g}",
         )
 
 
