@@ -21,10 +21,12 @@ from effuse.compress.factorize.maestro import (
     Numbers,
     OneLayer,
     allocate,
+    energy_losses,
     recalibrate,
 )
 from effuse.core.training import fit
 from effuse.nn.low_rank import (
+    InputMoments,
     LowRank,
     LowRankLinear,
     empty_like,
@@ -238,6 +240,7 @@ def test_allocation_is_the_best_of_all_that_cost_no_more():
     import itertools
 
     energies = [torch.tensor([9.0, 3.0, 1.0, 0.2]), torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])]
+    losses = [energy_losses(e) for e in energies]
     one, dense, positions = [10, 12], [36, 400], [3, 1]
     whole = sum(p * d for p, d in zip(positions, dense))
     choices = list(itertools.product([1, 2, 3, None], range(1, 6)))
@@ -251,27 +254,141 @@ def test_allocation_is_the_best_of_all_that_cost_no_more():
 
     seen = set()
     for keep in torch.linspace(spent((1, 1)) / whole + 1e-6, 1, 60).tolist():
-        got = allocate(energies, one, dense, positions, keep)
+        got = allocate(losses, one, dense, positions, keep)
         assert spent(got) <= keep * whole
         best = max(kept(c) for c in choices if spent(c) <= spent(got))
         assert kept(got) == pytest.approx(best)
         seen.add(tuple(got))
     assert len(seen) >= 5
-    assert allocate(energies, one, dense, positions, 1.0) == [None, 5]
+    assert allocate(losses, one, dense, positions, 1.0) == [None, 5]
 
 
 def test_allocation_at_the_ends():
     """Dense at full budget, whatever fits below, an error under rank 1; none is stripped."""
-    assert allocate([torch.ones(4)], [8], [16], [1], 1.0) == [None]
-    assert allocate([torch.ones(4)], [8], [16], [1], 0.9) == [1]
-    assert allocate([torch.zeros(4)], [2], [16], [1], 0.4) == [3]
+    even = energy_losses(torch.ones(4))
+    torch.testing.assert_close(even.exp(), 4 / torch.arange(1, 5, dtype=torch.float64))
+    assert allocate([even], [8], [16], [1], 1.0) == [None]
+    assert allocate([even], [8], [16], [1], 0.9) == [1]
+    assert allocate([energy_losses(torch.zeros(4))], [2], [16], [1], 0.4) == [3]
     with pytest.raises(ValueError, match="rank 1 everywhere"):
-        allocate([torch.ones(4)], [8], [16], [1], 0.4)
-    flat, steep = torch.ones(100), 0.5 ** torch.arange(100.0)
+        allocate([even], [8], [16], [1], 0.4)
+    flat, steep = energy_losses(torch.ones(100)), energy_losses(0.5 ** torch.arange(100.0))
     got = allocate([flat, steep], [2, 2], [200, 200], [1000, 1], 0.3)
     assert got[0] > 20  # the sum of what is lost would leave it one component
-    long = torch.ones(64)
+    long = energy_losses(torch.ones(64))
     assert allocate([long, long], [128, 128], [4096, 4096], [1, 1], 0.97)[0] == 30  # fills up
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 5), *CONVS], ids=str)
+def test_moments_give_the_energy_of_the_outputs(layer):
+    """E||y - bias||^2 = tr(W C W^T): patches in the order of the weight, padded as the layer is."""
+    layer = copy.deepcopy(layer)
+    wide = isinstance(layer, nn.Linear)
+    parts = [torch.randn(3, 4, 6) if wide else torch.randn(2, layer.in_channels, 9, 8), None]
+    parts[1] = 2 * parts[0][:1]
+    with InputMoments({"a": layer}) as heard, torch.no_grad():
+        outputs = [layer(x) for x in parts]
+    layer(parts[0])  # not heard any more
+    bias = 0 if layer.bias is None else (layer.bias if wide else layer.bias[:, None, None])
+    each = [(y - bias).square().sum(-1 if wide else 1).flatten() for y in outputs]
+    w = layer.weight.detach().flatten(1).double()
+    torch.testing.assert_close(
+        (w @ heard.moments["a"] @ w.T).trace(), torch.cat(each).mean().double(), rtol=1e-5, atol=0
+    )
+
+
+@pytest.mark.parametrize("like", [0, 1, 2, 3, 4])
+def test_a_split_by_inputs_loses_least_of_the_outputs(like):
+    """Eckart-Young for W R: the error of the outputs is the tail of its spectrum, and no less."""
+    g = rng(like)
+    layer = copy.deepcopy([nn.Linear(6, 5), *CONVS][like]).double()
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(layer.weight.shape, generator=g, dtype=torch.float64))
+    shape = (400, 6) if like == 0 else (40, layer.in_channels, 9, 8)
+    x = torch.randn(shape, generator=g, dtype=torch.float64)
+    x = x * 0.7 ** torch.arange(shape[1]).view(-1, *(1,) * (len(shape) - 2))
+    with InputMoments({"a": layer}) as heard, torch.no_grad():
+        y = layer(x)
+    moment = heard.moments["a"]
+    w = layer.weight.detach().flatten(1)
+    tails = torch.linalg.eigvalsh(w @ moment @ w.T).cumsum(0).flip(0).clamp_min(0)
+    split, plain = factored(layer, inputs=moment), factored(layer)
+    scale = 1 if like == 0 else y[0, 0].numel()
+    for b in range(1, split.rank):
+        lost = []
+        for m in (split, plain):
+            with ranks(nn.Sequential(m), {"0": b}), torch.no_grad():
+                lost.append(float((m(x) - y).square().sum() / len(x) / scale))
+        assert float(tails[b]) * (1 - 1e-5) <= lost[0] <= 1.02 * float(tails[b]) + 1e-9
+        assert lost[0] < lost[1]
+    with torch.no_grad():
+        torch.testing.assert_close(split(x), y)
+    with pytest.raises(ValueError, match="inputs is not finite"):
+        factored(layer, inputs=moment * math.nan)
+
+
+def test_judged_losses_are_the_answers_errors():
+    """One layer alone: at every size tried, the tail of W R's spectrum over the whole."""
+    layer = linear(40, 30, bias=False).float()
+    x = torch.randn(64, 30, generator=rng()) * torch.linspace(0.05, 2, 30)
+    net = nn.Sequential(copy.deepcopy(layer))
+    handle = Maestro(least=4).attach(net)
+    assert handle.split([((x,), {})]) == ["0"]
+    losses = handle.judge([((x,), {})])["0"]
+    energy = torch.linalg.eigvalsh((layer.weight @ x.T @ x @ layer.weight.T).detach().double())
+    tails = energy.flip(0).clamp_min(0)[:30].flip(0).cumsum(0).flip(0) / energy.sum()
+    for b in (1, 3, 5, 9, 14):  # of 17 that are cheaper than dense
+        with ranks(net, {"0": b}), torch.no_grad():
+            moved = (net(x) - layer(x)).square().sum() / layer(x).square().sum()
+        assert float(losses[b - 1]) == pytest.approx(float(moved), rel=1e-4)
+        assert float(losses[b - 1]) == pytest.approx(float(tails[b]), rel=0.05)
+    assert (losses[1:] <= losses[:-1]).all()
+    middle = (losses[2] * losses[4]).sqrt()
+    torch.testing.assert_close(losses[3], middle)  # straight in the logarithm
+
+
+def test_what_was_trained_keeps_its_order():
+    net = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
+    handle = Maestro(keep=0.5, least=4).attach(net)
+    with torch.no_grad():
+        net[0].up.weight.mul_(1.001)
+    trained = net[0]
+    assert handle.split([((torch.randn(50, 12, generator=rng()),), {})]) == ["1"]
+    assert net[0] is trained
+
+
+@pytest.mark.parametrize("room", [0, 2**31])
+def test_by_answers_is_nearer_than_by_weights(room):
+    """Few directions are read, and one layer hardly matters: both are seen from the calls."""
+    g = rng(3)
+    read = torch.randn(3, 24, generator=g)
+    calls = [((torch.randn(32, 3, generator=g) @ read,), {}) for _ in range(5)]
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = linear(24, 24).float(), linear(24, 24, seed=1).float()
+
+        def forward(self, x):
+            return self.a(x) + 0.01 * self.b(x)
+
+    first = Two().requires_grad_(False)
+    lost = {}
+    for by in ("weights", "inputs", "answers"):
+        net = copy.deepcopy(first)
+        handle = Maestro(keep=0.2, of="parameters", by=by, least=4).attach(net)
+        if by == "answers":
+            handle.count(calls)
+            handle.split(calls, room)
+            handle.judge(calls)
+            handle.extract(0.2)
+        else:
+            handle.observe(calls)
+        kept = sum(p.numel() for n, p in net.named_parameters() if "bias" not in n)
+        assert 0.15 * 2 * 576 < kept <= 0.2 * 2 * 576
+        lost[by] = sum(float((net(*a) - first(*a)).square().sum().detach()) for a, _ in calls)
+    assert lost["answers"] < 1e-3 * lost["inputs"]
+    assert lost["inputs"] < lost["weights"]
 
 
 def test_extract_counts_and_keeps_the_share():
@@ -416,6 +533,10 @@ def test_bad_input():
     assert not Maestro().attach(nn.Sequential(nn.Linear(8, 8))).layers  # smaller than `least`
     with pytest.raises(ValueError, match="fraction"):
         Maestro(keep=1.2)
+    with pytest.raises(ValueError, match="'answers', 'inputs', 'weights'"):
+        Maestro(by="luck")
+    with pytest.raises(ValueError, match="'macs', 'parameters'"):
+        Maestro(of="bytes")
     tied = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     tied[1].weight = tied[0].weight
     handle = Maestro(least=4).attach(tied)

@@ -293,9 +293,7 @@ def _row(step: int, seconds: float, losses: Mapping[str, Loss]) -> dict[str, flo
 
 
 @contextlib.contextmanager
-def _bar(
-    first: float, shown: bool
-) -> Iterator[Callable[[float, int, dict[str, float]], None]]:
+def _bar(first: float, shown: bool) -> Iterator[Callable[[float, int, dict[str, float]], None]]:
     if not shown:
         yield lambda share, done, row: None
         return
@@ -309,10 +307,10 @@ def _bar(
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     with Progress(*columns, TimeRemainingColumn()) as bar:
-        task = bar.add_task("fit", total=1.0, completed=first)
+        task = bar.add_task("fit", total=100, completed=round(100 * first))
         yield lambda share, done, row: bar.update(
             task,
-            completed=min(share, 1.0),
+            completed=100 * min(share, 1.0),
             description=f"step {done}, loss {row.get('loss', float('nan')):.4g}",
         )
 

@@ -277,6 +277,22 @@ def narrowed(bench: Bench, pipe: Any, share: float) -> Cheaper:
     return Cheaper(bench.solver, bench.steps, handle, f"widths {1 - high:.2f}")
 
 
+def factored(bench: Bench, pipe: Any, share: float) -> Transform:
+    """Thin products in the place of layers, as many parameters of the network as stay."""
+    network = cost.denoising_network(pipe)
+    probe = Maestro().attach(network)
+    dense = sum(layer.dense_cost for layer in probe.factors.values())
+    probe.detach()
+    return Maestro(keep=1 - share * parameters(network) / dense, of="parameters")
+
+
+def zeroed(bench: Bench, pipe: Any, share: float) -> Transform:
+    """Single weights by magnitude, as many parameters of the network as stay."""
+    network, how = cost.denoising_network(pipe), Sparsify()
+    within: list[Any] = [m for n, m in network.named_modules() if how.wants(n, m)]
+    return Sparsify(share * parameters(network) / sum(m.weight.numel() for m in within))
+
+
 def layers(criterion: Criterion) -> Callable[[Bench, Any, float], Transform]:
     """Whole layers by a criterion, the best set for the parameters that stay."""
     return lambda bench, pipe, share: LaptopDiff(keep=1 - share, criterion=criterion)
@@ -345,17 +361,14 @@ WAYS: tuple[Way, ...] = (
         transformed(lambda bench, pipe, share: DropRedundant(keep=1 - share, cost=Macs())),
     ),
     Way("maestro", "macs", transformed(lambda bench, pipe, share: Maestro(keep=1 - share)), True),
+    Way("maestro, of parameters", "parameters", transformed(factored), heals=True),
     Way("laptop_diff", "parameters", transformed(layers(OutputError())), heals=True),
     Way("ecodiff", "parameters", transformed(masked), heals=True),
     Way("slimsam", "parameters", narrowed, heals=True),
     Way("layers by magnitude", "parameters", transformed(layers(Magnitude())), heals=True),
     Way("layers by Taylor", "parameters", transformed(layers(Taylor())), heals=True),
     Way("layers at random", "parameters", transformed(layers(Random())), heals=True),
-    Way(
-        "iss_p, one shot",
-        "parameters",
-        transformed(lambda bench, pipe, share: Sparsify(share)),
-    ),
+    Way("iss_p, one shot", "parameters", transformed(zeroed)),
     Way("koala", "parameters", transformed(lambda *_: Koala()), heals=True, once=True),
     Way("linfusion", "macs", transformed(lambda *_: LinearizeAttention()), heals=True, once=True),
     Way("int8", "network_bytes", transformed(lambda *_: Int8()), once=True),

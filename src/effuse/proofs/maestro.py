@@ -32,6 +32,7 @@ from . import Claim, Evidence, Scale, proof
 SIZES = (0.5, 0.25, 0.1)
 TUNING = 100  # seed of the tuning; 3 000 training pictures are set aside to judge by meanwhile
 LEAST = 24
+WAYS = ("SVD", "SVD, healed", "ordered, healed", "by answers", "by answers, healed")
 
 
 def network(seed: int) -> nn.Sequential:
@@ -94,7 +95,7 @@ def train(objective: Objective, data: Clothes, steps: int, lr: float, seed: int)
 
 def split(model: nn.Module, data: Clothes) -> Factored:
     """Return the handle of the network at full rank, its multiplications counted."""
-    handle = Maestro(least=LEAST).attach(model)
+    handle = Maestro(by="weights", least=LEAST).attach(model)
     model.eval()
     handle.count(data.calls()[:1])
     return handle
@@ -286,16 +287,18 @@ def transformer(scale: Scale, rows: list[dict[str, Any]]) -> list[Claim]:
     claims = []
     for keep in scale.pick((0.6,), (0.6,), (0.8, 0.6)):
         found: dict[str, Tensor] = {}
-        for way in ("SVD", "SVD, healed", "ordered, healed"):
+        for way in WAYS:
             model, teacher = copy.deepcopy(original), copy.deepcopy(original)
-            handle = Maestro(keep=keep).attach(model)
-            left = 0 if way == "SVD" else passes
+            handle = Maestro(keep=keep, by="answers" if "answers" in way else "weights").attach(
+                model
+            )
+            left = passes if "healed" in way else 0
             if way == "ordered, healed":  # two passes a step
                 heal(
                     LossOverRanks(model, Numbers(), lasso=0.0, teacher=teacher), learned, left // 4
                 )
                 left -= 2 * (left // 4)
-            handle.observe(learned[:1])
+            handle.observe(learned[:24])
             if left:
                 heal(handle.objective(teacher), learned, left)
             found[way] = error(model.eval())
@@ -311,7 +314,13 @@ def transformer(scale: Scale, rows: list[dict[str, Any]]) -> list[Claim]:
                     "bytes_share": told["bytes"] / told["bytes_before"],
                 }
             )
-        for way, rival in (("SVD, healed", "SVD"), ("ordered, healed", "SVD, healed")):
+        for way, rival in (
+            ("SVD, healed", "SVD"),
+            ("ordered, healed", "SVD, healed"),
+            ("by answers", "SVD"),
+            ("by answers, healed", "SVD, healed"),
+            ("by answers, healed", "ordered, healed"),
+        ):
             _, interval = paired(found[way], found[rival])
             claims.append(
                 Claim(

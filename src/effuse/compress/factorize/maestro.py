@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from effuse.compress.calibrate import to_device
 from effuse.compress.swap import Swapped, layers_of, owners
 from effuse.core.contracts import Call, Loss, Objective, Transform, Where, everywhere
-from effuse.core.errors import check_fraction, check_whole
+from effuse.core.errors import check_choice, check_fraction, check_whole
 from effuse.core.method import method
 from effuse.nn.low_rank import (
+    InputMoments,
     LowRank,
     can_factor,
     empty_like,
@@ -50,6 +51,7 @@ __all__ = [
     "Sampling",
     "Task",
     "allocate",
+    "energy_losses",
     "recalibrate",
 ]
 
@@ -273,10 +275,10 @@ def _answer(out: Any) -> Tensor:
     paper="Maestro: Uncovering Low-Rank Structures via Trainable Decomposition",
     year=2024,
     buys="layers as thin products, cut to any size after one training",
-    missing="Ranks are chosen from the factors' norms and measured multiplications, not by trying "
-    "sizes on data. No schedule of its own: give `fit` one. Grouped convolutions, tied weights and "
-    "layers of other classes stay. Tables on ImageNet and Multi30k are not reproduced.",
-    example=lambda: Maestro(keep=0.5, least=4),
+    missing="No schedule of its own: give `fit` one. Grouped convolutions, tied weights, "
+    "embeddings and layers of other classes stay. ImageNet and Multi30k are not reproduced. "
+    'Splitting by inputs and pricing ranks by answers (by="answers", the default) are ours.',
+    example=lambda: Maestro(keep=0.5, by="inputs", least=4),
 )
 @dataclass(frozen=True)
 class Maestro(Transform):
@@ -286,16 +288,25 @@ class Maestro(Transform):
 
     `attach` splits at full rank: the same answers to rounding, for more bytes until it is cut.
     `Factored.training` orders the components; without it they are those of the SVD. `observe`
-    counts each layer's multiplications on the calls and keeps the share asked for, by rising
-    energy (||u_b|| ||v_b||)^2 over the layer's, per multiplication saved. A layer whose factors
-    would cost more than its product becomes dense again; at `keep` = 1 all do.
+    keeps the share asked for; a layer whose factors would cost more than its product becomes dense
+    again; at `keep` = 1 all do. What a cut to rank b loses in layer i:
 
-    keep: share of the multiplications of the layers it touches, in (0, 1].
+        by="weights", "inputs"   -log(sum_{j <= b} e_ij / sum_j e_ij),  e_ij = (||u_j|| ||v_j||)^2
+        by="answers"             E||f(x; i cut to b) - f(x)||^2 / E||f(x)||^2, f the network
+
+    Before that, "inputs" and "answers" (not the paper's) split every layer that was not trained
+    since `attach` anew, by what it reads in the calls: see `effuse.nn.low_rank.factored`.
+
+    keep: share of what the layers it touches cost, in (0, 1].
+    of: what that is, "macs" or "parameters".
+    by: "answers", "inputs" or "weights", see above. "answers" tries six sizes of every layer.
     least: layers with fewer in- or outputs stay as they are.
     where: layers it forbids stay as well.
     """
 
     keep: float = 0.5
+    of: Literal["macs", "parameters"] = "macs"
+    by: Literal["answers", "inputs", "weights"] = "answers"
     least: int = 32
     where: Where = everywhere
     kind = "factorize"
@@ -304,6 +315,8 @@ class Maestro(Transform):
     def __post_init__(self) -> None:
         """Check the fields."""
         check_fraction("keep", self.keep)
+        check_choice("of", self.of, ("macs", "parameters"))
+        check_choice("by", self.by, ("answers", "inputs", "weights"))
         check_whole("least", self.least, 1)
 
     def attach(self, model: nn.Module) -> Factored:
@@ -342,6 +355,7 @@ class Factored(Swapped):
     def __init__(self, transform: Maestro, model: nn.Module, layers: Mapping[str, LowRank]):
         super().__init__(transform, model, layers)
         self.positions: dict[str, int] = {}
+        self.losses: dict[str, Tensor] = {}
         self._originals = {n: self._original(n) for n in layers}
 
     def _original(self, name: str) -> nn.Module:
@@ -374,9 +388,92 @@ class Factored(Swapped):
 
     @torch.no_grad()
     def observe(self, calls: Iterable[Call]) -> None:
-        """Count the layers' multiplications on the calls and cut to the share `keep` of them."""
+        """Cut to the share `keep` of what the layers cost on the calls, as `Maestro` says."""
+        calls = list(calls)
         self.count(calls)
+        if self.transform.by != "weights":
+            self.split(calls)
+        if self.transform.by == "answers":
+            self.judge(calls)
         self.extract(self.transform.keep)
+
+    @torch.no_grad()
+    def split(self, calls: Sequence[Call], room: int = 2**31) -> list[str]:
+        """Split layers anew by what they read in the calls; those that were trained stay.
+
+        The calls are answered once for every `room` bytes of second moments.
+
+        Returns the names of the layers that were split.
+        """
+        fresh = [n for n, m in self.factors.items() if self._untouched(n, m)]
+        parts: list[dict[str, LowRank]] = [{}]
+        taken = 0
+        for name in fresh:
+            size = 8 * self.factors[name].right.shape[1] ** 2
+            if parts[-1] and taken + size > room:
+                parts.append({})
+                taken = 0
+            parts[-1][name], taken = self.factors[name], taken + size
+        for part in parts:
+            with InputMoments(part) as heard:
+                self._answer_all(calls)
+            for name, moment in heard.moments.items():
+                original: Any = self._originals[name]
+                self._replace(name, factored(original, inputs=moment))
+        return fresh
+
+    @torch.no_grad()
+    def judge(self, calls: Sequence[Call], most: int = 4) -> dict[str, Tensor]:
+        """Measure what the network loses when one layer is cut, at six sizes of every layer.
+
+        E||f(x; i cut to b) - f(x)||^2 / E||f(x)||^2, between the sizes on a straight line of its
+        logarithm. `extract` goes by it from now on.
+
+        Args:
+            calls: `most` of them are answered, evenly spread.
+            most: see above.
+
+        Returns:
+            By layer, the losses at ranks 1 to r, (r,) in float64.
+        """
+        some = calls[:: -(-len(calls) // most)]
+        whole = self._answer_all(some)
+        size = float(sum(y.double().square().sum() for y in whole)) or 1.0
+        self.losses = {}
+        for name, layer in self.factors.items():
+            top = min(layer.kept, (layer.dense_cost - 1) // layer.per_component)
+            shares = (0.0, 0.07, 0.15, 0.3, 0.55, 0.85) if top else ()
+            sizes = sorted({max(1, round(top * s)) for s in shares})
+            found = []
+            for rank in sizes:
+                with ranks(self.model, {name: rank}):
+                    cut = self._answer_all(some)
+                moved = ((a - b).double().square().sum() for a, b in zip(cut, whole, strict=True))
+                found.append(float(sum(moved)) / size)
+            self.losses[name] = _between(sizes, found, layer.kept)
+        return self.losses
+
+    def _untouched(self, name: str, layer: LowRank) -> bool:
+        """Say whether a layer's product is the original's weight, to its factors' rounding."""
+        original: Any = self._originals[name]
+        if layer.kept < full_rank(original):
+            return False
+        weight = original.weight.flatten(1).double()
+        apart = (layer.left.double() @ layer.right.double() - weight).norm()
+        return bool(apart <= torch.finfo(original.weight.dtype).eps * weight.norm())
+
+    def _answer_all(self, calls: Sequence[Call]) -> list[Tensor]:
+        device = next(self.model.parameters()).device
+        out = []
+        for call in calls:
+            args, kwargs = to_device(call, device)
+            out.append(_answer(self.model(*args, **kwargs)).float())
+        return out
+
+    def _replace(self, name: str, new: nn.Module) -> None:
+        for owner, child in owners(self.model, self.layers[name]):
+            setattr(owner, child, new)
+        self.layers[name] = new
 
     @torch.no_grad()
     def count(self, calls: Iterable[Call]) -> None:
@@ -406,10 +503,10 @@ class Factored(Swapped):
         self.positions = seen
 
     def extract(self, keep: float) -> dict[str, int | None]:
-        """Cut to the share `keep` of the dense layers' multiplications; returns the ranks.
+        """Cut to the share `keep` of what the dense layers cost; returns the ranks.
 
-        None stands for a dense layer. Only ever takes away: extract large sizes before small
-        ones, or from a copy.
+        None stands for a dense layer. By the losses that `judge` found, else by the share of each
+        layer's energy. Only ever takes away: extract large sizes before small ones, or from a copy.
 
         Raises:
             ValueError: nothing was observed, or even rank 1 everywhere is more than `keep`.
@@ -418,13 +515,16 @@ class Factored(Swapped):
         if not self.positions:
             raise ValueError("multiplications are not counted yet: call count first")
         names = list(self.factors)
+        often = self.positions
+        if self.transform.of == "parameters":
+            often = dict.fromkeys(self.layers, 1)
         chosen = allocate(
-            [self.factors[n].energies() for n in names],
+            [self.losses.get(n, energy_losses(self.factors[n].energies())) for n in names],
             [self.factors[n].per_component for n in names],
             [self.factors[n].dense_cost for n in names],
-            [max(1, self.positions[n]) for n in names],
+            [max(1, often[n]) for n in names],
             keep,
-            fixed=sum(self.positions[n] * m.weight.numel() for n, m in self._dense()),
+            fixed=sum(often[n] * m.weight.numel() for n, m in self._dense()),
         )
         for name, rank in zip(names, chosen, strict=True):
             self._put(name, rank)
@@ -452,9 +552,7 @@ class Factored(Swapped):
             if rank == 0:  # shrunk away: one component that is zero, so the bias answers
                 nn.init.zeros_(cut.up.weight)
             new = cut
-        for owner, child in owners(self.model, layer):
-            setattr(owner, child, new)
-        self.layers[name] = new
+        self._replace(name, new)
 
     def plan(self) -> dict[str, Any]:
         """Return the rank each layer stores, None where it is dense."""
@@ -490,7 +588,7 @@ def _dense(layer: Any) -> int:
 
 
 def allocate(
-    energies: Sequence[Tensor],
+    losses: Sequence[Tensor],
     per_component: Sequence[int],
     dense: Sequence[int],
     positions: Sequence[int],
@@ -499,15 +597,15 @@ def allocate(
 ) -> list[int | None]:
     """Return the rank of each layer, None for dense, within a share of all multiplications.
 
-    minimize sum_i -log(energy kept in i)   subject to   sum_i cost_i <= keep
+    minimize sum_i loss_i(b_i)   subject to   sum_i cost_i <= keep
 
-    A layer costs positions min((m + n) b, m n). The logarithm forbids stripping a layer of all it
-    has, as a sum of what is lost does not. Each layer has the lower convex hull of its sizes, dense
-    among them; the steps along all hulls are taken by what they lose per multiplication saved, the
-    best for every budget at which a step ends. What the last step saved too much is given back.
+    A layer costs positions min((m + n) b, m n), and loses nothing when dense. Each layer has the
+    lower convex hull of its sizes, dense among them; the steps along all hulls are taken by what
+    they lose per multiplication saved, the best for every budget at which a step ends. What the
+    last step saved too much is given back.
 
     Args:
-        energies: (r_i,) of each layer's components, in their order.
+        losses: (r_i,) of each layer cut to its first 1 to r_i components.
         per_component: m + n of each layer.
         dense: m n of each layer.
         positions: how often each is applied.
@@ -519,8 +617,8 @@ def allocate(
     """
     whole = fixed + sum(p * d for p, d in zip(positions, dense, strict=True))
     budget, at, steps = keep * whole * (1 + 1e-12), [], []
-    for i, (energy, one, full) in enumerate(zip(energies, per_component, dense, strict=True)):
-        hull = _hull(_sizes(energy, one, full))
+    for i, (lost, one, full) in enumerate(zip(losses, per_component, dense, strict=True)):
+        hull = _hull(_sizes(lost, one, full))
         at.append(hull[0])
         for a, b in pairwise(hull):
             saved = positions[i] * (a.cost - b.cost)
@@ -544,22 +642,43 @@ def allocate(
 
 
 class _Size(NamedTuple):
-    """A size of a layer: multiplications at one position, minus log of its energy, rank."""
+    """A size of a layer: multiplications at one position, what it loses, rank."""
 
     cost: int
     loss: float
     rank: int | None
 
 
-def _sizes(energy: Tensor, one: int, full: int) -> list[_Size]:
+def _sizes(lost: Tensor, one: int, full: int) -> list[_Size]:
     """Return the sizes worth having, dear ones first: dense, and all ranks that are cheaper."""
-    if not len(energy):
+    if not len(lost):
         return [_Size(0, 0.0, 0)]
+    loss = lost.tolist()
+    ranks = range(min(len(loss), (full - 1) // one), 0, -1)
+    some = [_Size(b * one, loss[b - 1], b) for b in ranks]
+    return some if len(loss) * one < full else [_Size(full, 0.0, None), *some]
+
+
+def energy_losses(energy: Tensor) -> Tensor:
+    """Return -log of the share of energy kept, (r,): it forbids to strip a layer of all it has."""
     kept = energy.double().cumsum(0)
-    loss = -(kept / kept[-1]).nan_to_num(1.0).clamp(1e-12, 1).log()  # of no energy none is lost
-    ranks = range(min(len(energy), (full - 1) // one), 0, -1)
-    some = [_Size(b * one, float(loss[b - 1]), b) for b in ranks]
-    return some if len(energy) * one < full else [_Size(full, 0.0, None), *some]
+    # of no energy none is lost
+    return -(kept / kept[-1:]).nan_to_num(1.0).clamp(1e-12, 1).log()
+
+
+def _between(ranks: Sequence[int], losses: Sequence[float], count: int) -> Tensor:
+    """Return losses at ranks 1 to `count` from some, straight in the logarithm; never rising."""
+    if not ranks:
+        return torch.zeros(count, dtype=torch.float64)
+    tried = torch.tensor(ranks, dtype=torch.float64)
+    logs = torch.tensor(losses, dtype=torch.float64).clamp_min(1e-12).log()
+    logs = logs.flip(0).cummax(0).values.flip(0)
+    at = torch.arange(1, count + 1, dtype=torch.float64)
+    i = torch.searchsorted(tried, at).clamp(1, max(1, len(tried) - 1))
+    if len(tried) == 1:
+        return logs.exp().expand(count).clone()
+    part = ((at - tried[i - 1]) / (tried[i] - tried[i - 1])).clamp(0, 1)
+    return (logs[i - 1] + part * (logs[i] - logs[i - 1])).exp()
 
 
 def _hull(sizes: Sequence[_Size]) -> list[_Size]:
