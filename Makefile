@@ -8,15 +8,18 @@ STAMP := $(VENV)/.stamp
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 TORCH := $(shell grep '^torch==' constraints.txt)
 QUICK := not slow and not gpu and not evidence
+# a process for each core, up to four, of one thread each
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fix prove lock clean
+.PHONY: help demo test slow check fix prove lock clean
 
 help:
 	@echo "make demo              slim the embedded pipeline and write a report"
 	@echo "make test              run the quick tests"
+	@echo "make slow              run the slow tests, which CI leaves out"
 	@echo "make check             what CI runs: format, lint, types, floors, tests, docs"
 	@echo "make fix               format, and repair what the linter can"
 	@echo "make prove NAME=...    run one method's proof against its baseline"
@@ -39,14 +42,17 @@ demo: $(STAMP)
 	@echo "report: $(CURDIR)/demo-out/report/index.html"
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest -q -m "$(QUICK)"
+	@$(PYTEST) -m "$(QUICK)"
+
+slow: $(STAMP)
+	@$(PYTEST) -m "slow and not gpu"
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q -m "$(QUICK)"
+	$(PYTEST) -m "$(QUICK)"
 	$(BIN)/python -m effuse.docs --check
 
 fix: $(STAMP)

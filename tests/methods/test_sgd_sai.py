@@ -117,3 +117,55 @@ def test_state_is_half_of_adamw():
         return sum(v.nbytes for v in values if torch.is_tensor(v) and v.ndim)
 
     assert state(SGDSaI) * 2 == state(torch.optim.AdamW)
+
+
+def test_calibrated_on_one_batch_is_the_first_gradient_s_scale():
+    a, b = (torch.nn.Parameter(torch.ones(6, 5, dtype=torch.float64)) for _ in range(2))
+    one, two = SGDSaI([a]), SGDSaI([b])
+
+    def closure():
+        a.grad = grad(seed=3)
+
+    assert one.calibrate(closure, 1) == {"0": pytest.approx(signal_to_noise(grad(seed=3)))}
+    assert a.grad is None
+    assert torch.equal(a, torch.ones_like(a)), "nothing moved"
+    for seed in (3, 4, 5):
+        a.grad = b.grad = grad(seed=seed)
+        one.step()
+        two.step()
+        torch.testing.assert_close(a, b, rtol=1e-14, atol=0)
+
+
+def test_calibrated_on_many_batches_noise_cancels():
+    w = torch.nn.Parameter(torch.ones(6, 5, dtype=torch.float64))
+    late = torch.nn.Parameter(torch.zeros(3))
+    optimizer = SGDSaI([("w", w), ("late", late)], weight_decay=0)
+    given = iter([grad(seed=1), grad(seed=2), grad(seed=3), grad(seed=4)])
+
+    def closure():
+        w.grad, late.grad = next(given), torch.zeros(3)
+
+    found = optimizer.calibrate(closure, 4)
+    every = torch.stack([grad(seed=s) for s in (1, 2, 3, 4)])
+    spread = torch.stack([g.std() for g in every]).mean()
+    assert found == {"w": pytest.approx(float(every.mean(0).norm() / spread)), "late": None}
+    copy = SGDSaI([("w", w), ("late", late)], weight_decay=0)
+    copy.load_state_dict(optimizer.state_dict())
+    w.grad, before = grad(seed=5), w.detach().clone()
+    copy.step()
+    torch.testing.assert_close(w.data, before - 0.01 * found["w"] * grad(seed=5))
+    assert copy.scales()["w"] == found["w"]
+    with pytest.raises(RuntimeError, match="steps were made already"):
+        copy.calibrate(closure, 1)
+
+
+def test_calibrate_refuses_an_overflow_whole():
+    w = torch.nn.Parameter(torch.ones(3))
+
+    def closure():
+        w.grad = torch.full((3,), math.nan)
+
+    optimizer = SGDSaI([w])
+    with pytest.raises(ValueError, match="not finite"):
+        optimizer.calibrate(closure)
+    assert optimizer.scales() == {"0": None}

@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from effuse.core.errors import check_whole
 from effuse.core.method import method
 
-from .base import Batch, Together, each, in_range, rowwise
+from .base import Batch, Together, each, in_range, real, rowwise
 
 
-def signal_to_noise(grad: Tensor, eps: float = 1e-8) -> float | None:
+def signal_to_noise(grad: Tensor, eps: float = 1e-8, spread: float | None = None) -> float | None:
     """Return ||g|| / (std(g) + eps), or None where `grad` is zero or not finite.
 
     The deviation is the unbiased one over all n elements, so the ratio is
     sqrt(n - 1 + n (mean / std)^2): near sqrt(n), whatever the scale of the gradient. Where it is
-    not defined, for one element or equal elements, it is sqrt(n).
+    not defined, for one element or equal elements, it is sqrt(n). `spread` stands for std(g).
     """
     g = grad.flatten().double()
     norm, n = float(torch.linalg.vector_norm(g)), g.numel()
     if not math.isfinite(norm) or norm == 0:
         return None
-    spread = float(g.std()) if n > 1 else 0.0
+    if spread is None:
+        spread = deviation(g)
     equal = spread <= 1e-7 * norm / math.sqrt(n)  # all elements one number, but for rounding
     return math.sqrt(n) if equal else norm / (spread + eps)
+
+
+def deviation(g: Tensor) -> float:
+    """Return the unbiased deviation over all elements; 0 of a single one."""
+    return float(g.double().std()) if g.numel() > 1 else 0.0
 
 
 @method(
@@ -36,7 +43,7 @@ def signal_to_noise(grad: Tensor, eps: float = 1e-8) -> float | None:
     paper="No More Adam: Learning Rate Scaling at Initialization is All You Need",
     year=2024,
     buys="training like AdamW's with half of its state",
-    missing="a scale from the mean of several batches; scales of sharded (DTensor) parameters",
+    missing="scales of sharded (DTensor) parameters",
     example=lambda: SGDSaI([torch.nn.Parameter(torch.ones(2, 2))]),
 )
 class SGDSaI(Together):
@@ -127,8 +134,58 @@ class SGDSaI(Together):
         """Give a parameter its scale and its first momentum, if this gradient can tell."""
         scale = None if "scale" in state else signal_to_noise(grad, group["eps"])
         if scale is not None:
-            state["scale"] = min(scale, group["max_scale"] or math.inf)
+            state["scale"] = min(state.pop("calibrated", scale), group["max_scale"] or math.inf)
             buffer.copy_(grad)
+
+    def calibrate(self, closure: Callable[[], Any], batches: int = 8) -> dict[str, float | None]:
+        """Measure scales on several batches before the first step; not in the paper.
+
+        scale = ||mean g|| / (mean std(g) + eps), which is the paper's at one batch
+        Noise that differs between batches cancels in the mean. A tensor that has no gradient, or
+        none but zeros, is measured when one arrives. Gradients are cleared in the end.
+
+        Args:
+            closure: clears the gradients, computes the loss of another batch each time, goes
+                backward, as for `step`.
+            batches: how often it is called, at least 1.
+
+        Returns:
+            Scales by the parameters' names, or places; see `scales`.
+
+        Raises:
+            RuntimeError: steps were made already; scales stay as they are then.
+            ValueError: a gradient is not finite, as after an overflow: nothing is measured.
+        """
+        check_whole("batches", batches, 1)
+        owners = [(group, p) for group in self.param_groups for p in group["params"]]
+        if any("step" in self.state.get(p, {}) for _, p in owners):
+            raise RuntimeError(
+                "calibrate: steps were made already, scales are set once; call it first"
+            )
+        means: dict[Tensor, Tensor] = {}
+        spreads: dict[Tensor, float] = {}
+        for _ in range(batches):
+            with torch.enable_grad():
+                closure()
+            for _, p in owners:
+                if p.grad is None:
+                    continue
+                g = real(p.grad.detach()).double()
+                if not torch.isfinite(g).all():
+                    raise ValueError(
+                        f"calibrate: a gradient of shape {tuple(p.shape)} is not finite; "
+                        "lower the loss scale and call again"
+                    )
+                means[p] = means[p] + g / batches if p in means else g / batches
+                spreads[p] = spreads.get(p, 0.0) + deviation(g) / batches
+        for group, p in owners:
+            found = None
+            if p in means:
+                found = signal_to_noise(means[p], group["eps"], spreads[p])
+            if found is not None:
+                self.state[p]["calibrated"] = min(found, group["max_scale"] or math.inf)
+        self.zero_grad()
+        return self.scales()
 
     def scales(self) -> dict[str, float | None]:
         """Return the scale of each parameter by its name, or place; None before it has one."""
@@ -136,5 +193,6 @@ class SGDSaI(Together):
         for group in self.param_groups:
             names = group.get("param_names") or range(len(found), len(found) + len(group["params"]))
             for name, p in zip(names, group["params"], strict=True):
-                found[str(name)] = self.state[p].get("scale") if p in self.state else None
+                state = self.state.get(p, {})
+                found[str(name)] = state.get("scale", state.get("calibrated"))
         return found

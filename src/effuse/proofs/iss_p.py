@@ -7,6 +7,8 @@ from scratch on crops of nine photographs, judged on crops of four others.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -83,15 +85,32 @@ def psnr(model: nn.Module, truth: Tensor) -> Tensor:
     return -10 * error.clamp_min(1e-5).log10()
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What is trained: a network, the layers of it that may be pruned, how fast, on how much."""
+
+    make: Callable[[], nn.Module] = Edsr
+    where: Callable[[str, nn.Module], bool] = inner
+    rate: float = RATE
+    rows: int = 16
+
+
 def run(
-    kind: str, sparsity: float, data: Tensor, truth: Tensor, seed: int, first: int, second: int
+    kind: str,
+    sparsity: float,
+    data: Tensor,
+    truth: Tensor,
+    seed: int,
+    first: int,
+    second: int,
+    setting: Setting = Setting(),
 ) -> tuple[dict[str, Any], Tensor]:
     """Train one network; returns its row and the PSNR of each judged crop."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Edsr()
+        model = setting.make()
     rng = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(model.parameters(), RATE, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(model.parameters(), setting.rate, betas=(0.9, 0.99))
     total = first + second
 
     def rate(step: int) -> float:
@@ -100,7 +119,9 @@ def run(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     ratios = {"iss_p": 0.95, "hard thresholding": 0.0}
     hook = (
-        None if kind == "dense" else SoftShrink(model, sparsity, ratios.get(kind, 1.0), where=inner)
+        None
+        if kind == "dense"
+        else SoftShrink(model, sparsity, ratios.get(kind, 1.0), where=setting.where)
     )
     if kind == "random mask" and hook is not None:
         for name, weight in hook.weights.items():
@@ -114,7 +135,7 @@ def run(
             told["psnr_before_pruning"] = float(psnr(model, truth).mean())
             hook.fix()
             told["psnr_after_pruning"] = float(psnr(model, truth).mean())
-        picked = torch.randint(len(data), (16,), generator=rng)
+        picked = torch.randint(len(data), (setting.rows,), generator=rng)
         y = data[picked]
         optimizer.zero_grad(set_to_none=True)
         (model(small(y)) - y).abs().mean().backward()
@@ -131,7 +152,7 @@ def run(
     found = psnr(model, truth)
     dense = bytes_of(model)
     if hook is not None:
-        Sparsify(sparsity, where=inner, least=0).attach(model)
+        Sparsify(sparsity, where=setting.where, least=0).attach(model)
     return {
         "variant": kind,
         "sparsity": sparsity if hook is not None else 0.0,
@@ -145,26 +166,35 @@ def run(
     }, found
 
 
+def photographed(scale: Scale) -> tuple[Tensor, Tensor, str]:
+    """Return crops to learn from and to judge by, (N, 3, H, W), and what they are."""
+    rng = torch.Generator().manual_seed(0)
+    if scale.size == "smoke":
+        data = torch.rand(32, 3, 32, 32, generator=rng)
+        what = "Noise in the place of photographs: shows that everything runs, and nothing else. "
+        return data, torch.rand(8, 3, 32, 32, generator=rng), what
+    from effuse.house.debian import photographs
+
+    known = photographs()
+    train = [p for n, p in known.items() if n not in HELD_OUT]
+    data = crops(train, scale.pick(0, 512, 6000), 48, rng)
+    truth = crops([known[n] for n in HELD_OUT], scale.pick(0, 32, 192), 64, rng)
+    return (
+        data,
+        truth,
+        f"Photographs of lomiri-wallpapers-16.04: {len(train)} to learn from, {len(HELD_OUT)} to "
+        f"judge by ({', '.join(HELD_OUT)}). ",
+    )
+
+
 @proof("iss_p")
 def prove(scale: Scale) -> Evidence:
     """Train all variants for equal steps; compare before and after the fine-tuning."""
-    rng = torch.Generator().manual_seed(0)
-    if scale.size == "smoke":
-        data, truth = torch.rand(32, 3, 32, 32, generator=rng), torch.rand(8, 3, 32, 32)
-        note = "Noise in the place of photographs: shows that everything runs, and nothing else."
-    else:
-        from effuse.house.debian import photographs
-
-        known = photographs()
-        train = [p for n, p in known.items() if n not in HELD_OUT]
-        data = crops(train, scale.pick(0, 512, 6000), 48, rng)
-        truth = crops([known[n] for n in HELD_OUT], scale.pick(0, 32, 192), 64, rng)
-        note = (
-            f"Photographs of lomiri-wallpapers-16.04: {len(train)} to learn from, "
-            f"{len(HELD_OUT)} to judge by ({', '.join(HELD_OUT)}). EDSR form, 4 blocks of 32 "
-            "channels, its body pruned; Adam at one rate tuned for the dense network, cosine over "
-            "the whole run; the paper trains 300 000 iterations on SwinIR-light."
-        )
+    data, truth, note = photographed(scale)
+    note += (
+        "EDSR form, 4 blocks of 32 channels, its body pruned; Adam at one rate tuned for the dense "
+        "network, cosine over the whole run; the paper trains 300 000 iterations on SwinIR-light."
+    )
     first, second = scale.pick(6, 60, 800), scale.pick(4, 30, 400)
     kinds = ("iss_p", "hard thresholding", "one-shot", "random mask")
     rows: list[dict[str, Any]] = []
@@ -184,14 +214,16 @@ def prove(scale: Scale) -> Evidence:
         up = F.interpolate(small(truth), scale_factor=2, mode="bicubic").clamp(0, 1)
     error = (up - truth)[..., 4:-4, 4:-4].double().square().mean((1, 2, 3)).clamp_min(1e-5)
     rows.append({"variant": "bicubic", "psnr": float((-10 * error.log10()).mean())})
-    return Evidence([*_claims(rows, found, shares)], rows, note)
+    return Evidence(claims_of(rows, found, shares), rows, note)
 
 
-def _claims(
+def claims_of(
     rows: list[dict[str, Any]],
     found: dict[tuple[str, float], list[Tensor]],
     shares: tuple[float, ...],
 ) -> list[Claim]:
+    """Return what iss_p is said to be better at, at each share of zeros."""
+
     def mean(kind: str, share: float, key: str) -> float:
         mine = [r for r in rows if r["variant"] == kind and r.get("sparsity") == share]
         return sum(r[key] for r in mine) / len(mine)
