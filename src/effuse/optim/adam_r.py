@@ -13,6 +13,7 @@ from effuse.core.errors import check_choice
 from effuse.core.method import method
 
 from .base import Batch, Together, adam, check_adam, moments, real
+from .sharded import like, local, numel, total
 
 
 @method(
@@ -81,11 +82,12 @@ class AdamR(Together):
     def _refer(self, p: Tensor, reference: Tensor) -> None:
         low = p.dtype in (torch.float16, torch.bfloat16)
         kind = torch.float32 if low else p.dtype
-        self.state[p]["reference"] = reference.detach().to(p.device, kind, copy=True)
+        own = reference.detach().to(p.device, kind, copy=True)
+        self.state[p]["reference"] = like(own, p)
 
     def before(self) -> None:
         """Take the second moments of all parameters, this gradient included, before any moves."""
-        total, count = 0.0, 0
+        whole, count = 0.0, 0
         for group in self.param_groups:
             b2 = group["betas"][1]
             for p in group["params"]:
@@ -94,12 +96,12 @@ class AdamR(Together):
                 if p.grad is None or not group["weight_decay"]:
                     continue
                 state = self.state[p]
-                power = float(real(p.grad).double().square().sum()) * (1 - b2)
+                power = total(real(local(p.grad)).double().square(), p) * (1 - b2)
                 if "exp_avg_sq" in state:
-                    power += b2 * float(real(state["exp_avg_sq"]).double().sum())
-                total += power / (1 - b2 ** (int(state.get("step", 0)) + 1))
-                count += real(p).numel()
-        self._spread = math.sqrt(total / count) if count and total > 0 else 1.0
+                    power += b2 * total(real(local(state["exp_avg_sq"])), p)
+                whole += power / (1 - b2 ** (int(state.get("step", 0)) + 1))
+                count += numel(p)
+        self._spread = math.sqrt(whole / count) if count and whole > 0 else 1.0
 
     def update(self, group: dict[str, Any], batch: Batch) -> None:
         """Pull toward the reference, then make Adam's step."""

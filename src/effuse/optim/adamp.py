@@ -26,6 +26,7 @@ from .base import (
     rowwise,
     walk,
 )
+from .sharded import axes, numel, over_all, sharded
 
 VIEWS = ("auto", "channel", "layer", "off")
 
@@ -117,6 +118,39 @@ def project_stack(
     return names
 
 
+def project_piece(
+    update: Tensor,
+    weight: Tensor,
+    grad: Tensor,
+    owner: Tensor,
+    *,
+    delta: float,
+    eps: float,
+    view: str,
+) -> str:
+    """Do `project` with the piece of a DTensor that lies here; return the view, or ""."""
+    for name in ("channel", "layer") if view == "auto" else () if view == "off" else (view,):
+        channel = name == "channel"
+        w, g, u = (x.flatten(1) if channel else x.reshape(1, -1) for x in (weight, grad, update))
+        sums = torch.stack(
+            [(g * w).sum(-1), g.square().sum(-1), w.square().sum(-1), (w * u).sum(-1)]
+        )
+        if not channel or any(axes(owner)):  # rows that are cut themselves
+            sums = over_all(sums, owner)
+        gw, gg, ww, wu = sums
+        if view == "auto":
+            lengths = gg.sqrt().clamp_min(eps) * ww.sqrt().clamp_min(eps)
+            cosine = torch.cat([gw.abs() / lengths, gw.new_zeros(1)]).amax()
+            row = numel(owner) // (owner.shape[0] if channel else 1)
+            if not float(over_all(cosine, owner, largest=True)) < delta / math.sqrt(row):
+                continue
+        u.sub_(w * (wu / (ww.sqrt() + eps).square())[:, None])
+        if u.data_ptr() != update.data_ptr():
+            update.copy_(u.reshape(update.shape))
+        return name
+    return ""
+
+
 class Projected(Together):
     """What AdamP and SGDP share: the projection, and a count of where it fired."""
 
@@ -141,6 +175,13 @@ class Projected(Together):
         how = {"delta": group["delta"], "eps": group["eps"], "view": group["projection"]}
         ratios: list[float | Tensor] = [1.0] * len(updates)
         wide = [i for i, owners in enumerate(batch.owners) if owners[0].ndim > 1]
+        if sharded(batch.owners[0][0]):
+            for i in wide:
+                owner = batch.owners[i][0]
+                name = project_piece(updates[i], batch.params[i], batch.grads[i], owner, **how)
+                ratios[i] = group["wd_ratio"] if name else 1.0
+                self._fired[owner] = name
+            return ratios
         if not batch.stacked:
             parts = ([x[i] for i in wide] for x in (updates, batch.params, batch.grads))
             found, fired = project(*parts, wd_ratio=group["wd_ratio"], **how)
@@ -180,7 +221,7 @@ class Projected(Together):
     paper="AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights",
     year=2020,
     buys="an effective step that does not die as norms of normalized weights grow",
-    missing="shapes of weights that a sharding flattens to one axis: they are not projected",
+    missing="weights that a sharding flattens to one axis (FSDP1, ZeRO) are not projected",
     example=lambda: AdamP([torch.nn.Parameter(torch.ones(2, 2))]),
 )
 class AdamP(Projected):

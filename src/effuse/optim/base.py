@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .sharded import local, sharded
+
 SMALL = 1 << 16
 """Elements up to which tensors on the CPU are updated together: larger ones fill the cache."""
 STACKED = 1 << 12
@@ -163,7 +165,7 @@ class Together(Optimizer):
     elements. On the CPU those of one shape and up to `STACKED` elements are worked on as one,
     unless False. All give the same numbers, to rounding. State is zeros shaped as the parameter;
     parameters in half precision get float32 state and arithmetic. A complex parameter is two real
-    ones.
+    ones. Of a DTensor (`fully_shard`) each process steps its piece; sums go over all of them.
 
     Raises:
         ValueError: `capturable=True`; a sparse gradient; options out of range.
@@ -232,14 +234,14 @@ class Together(Optimizer):
         alike: dict[Any, list[Tensor]] = {}
         for place, (p, state) in enumerate(zip(live, states, strict=True)):
             self._begin(p, state)
-            small = p.is_cpu and p.numel() <= STACKED
+            small = p.is_cpu and p.numel() <= STACKED and not sharded(p)
             if small and foreach is not False and self.stackable(state):
                 kinds = tuple(state[name].dtype for name in self.kept)
                 same = p.dtype, p.shape, float(state["step"]), kinds
                 alike.setdefault(same, []).append(p)
                 continue
             together = not p.is_cpu or p.numel() <= SMALL if foreach is None else foreach
-            key = p.device, p.dtype, None if together else place
+            key = p.device, p.dtype, sharded(p), None if together else place
             lists.setdefault(key, []).append(p)
         plan.lists = list(lists.values())
         stacks: dict[Any, list[Stack]] = {}
@@ -270,9 +272,10 @@ class Together(Optimizer):
         states = [self.state[p] for p in owners]
         counts = [state["step"] for state in states]
         torch._foreach_add_(counts, each(1.0, counts))
-        kept = {name: [state[name] for state in states] for name in self.kept}
-        grads = [p.grad for p in owners if p.grad is not None]
-        batch = Batch(owners, grads, kept, [int(c) for c in counts], [[p] for p in owners])
+        kept = {name: [local(state[name]) for state in states] for name in self.kept}
+        grads = [local(p.grad) for p in owners if p.grad is not None]
+        pieces = [local(p) for p in owners]
+        batch = Batch(pieces, grads, kept, [int(c) for c in counts], [[p] for p in owners])
         self._update(group, batch)
 
     def _step_stacked(self, group: dict[str, Any], stacks: list[Stack]) -> None:

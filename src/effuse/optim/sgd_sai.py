@@ -13,28 +13,42 @@ from effuse.core.errors import check_whole
 from effuse.core.method import method
 
 from .base import Batch, Together, each, in_range, real, rowwise
+from .sharded import local, numel, total
 
 
-def signal_to_noise(grad: Tensor, eps: float = 1e-8, spread: float | None = None) -> float | None:
+def signal_to_noise(
+    grad: Tensor, eps: float = 1e-8, spread: float | None = None, owner: Tensor | None = None
+) -> float | None:
     """Return ||g|| / (std(g) + eps), or None where `grad` is zero or not finite.
 
     The deviation is the unbiased one over all n elements, so the ratio is
     sqrt(n - 1 + n (mean / std)^2): near sqrt(n), whatever the scale of the gradient. Where it is
-    not defined, for one element or equal elements, it is sqrt(n). `spread` stands for std(g).
+    not defined, for one element or equal elements, it is sqrt(n).
+
+    Args:
+        grad: real numbers.
+        eps: beside the deviation.
+        spread: in place of std(g).
+        owner: the parameter of which `grad` is a piece, where it is a DTensor.
     """
-    g = grad.flatten().double()
-    norm, n = float(torch.linalg.vector_norm(g)), g.numel()
+    owner = grad if owner is None else owner
+    n, g = numel(owner), grad.double()
+    norm = math.sqrt(total(g.square(), owner))
     if not math.isfinite(norm) or norm == 0:
         return None
     if spread is None:
-        spread = deviation(g)
+        spread = deviation(g, owner)
     equal = spread <= 1e-7 * norm / math.sqrt(n)  # all elements one number, but for rounding
     return math.sqrt(n) if equal else norm / (spread + eps)
 
 
-def deviation(g: Tensor) -> float:
-    """Return the unbiased deviation over all elements; 0 of a single one."""
-    return float(g.double().std()) if g.numel() > 1 else 0.0
+def deviation(g: Tensor, owner: Tensor) -> float:
+    """Return the unbiased deviation over all elements of all pieces; 0 of a single one."""
+    n = numel(owner)
+    if n == 1:
+        return 0.0
+    mean = total(g, owner) / n
+    return math.sqrt(total((g.double() - mean).square(), owner) / (n - 1))
 
 
 @method(
@@ -43,7 +57,6 @@ def deviation(g: Tensor) -> float:
     paper="No More Adam: Learning Rate Scaling at Initialization is All You Need",
     year=2024,
     buys="training like AdamW's with half of its state",
-    missing="scales of sharded (DTensor) parameters",
     example=lambda: SGDSaI([torch.nn.Parameter(torch.ones(2, 2))]),
 )
 class SGDSaI(Together):
@@ -109,7 +122,7 @@ class SGDSaI(Together):
         buffers, lr = batch.kept["momentum_buffer"], group["lr"]
         if not batch.stacked:
             for owners, grad, buffer in zip(batch.owners, batch.grads, buffers, strict=True):
-                self._measure(group, self.state[owners[0]], grad, buffer)
+                self._measure(group, owners[0], grad, buffer)
         ready = [i for i, owners in enumerate(batch.owners) if "scale" in self.state[owners[0]]]
         if not ready:
             return
@@ -128,11 +141,11 @@ class SGDSaI(Together):
             sizes = [-lr * some[0] for some in scales]
             torch._foreach_addcmul_(params, buffers, [one] * len(params), sizes)
 
-    def _measure(
-        self, group: dict[str, Any], state: dict[str, Any], grad: Tensor, buffer: Tensor
-    ) -> None:
+    def _measure(self, group: dict[str, Any], owner: Tensor, grad: Tensor, buffer: Tensor) -> None:
         """Give a parameter its scale and its first momentum, if this gradient can tell."""
-        scale = None if "scale" in state else signal_to_noise(grad, group["eps"])
+        state, scale = self.state[owner], None
+        if "scale" not in state:
+            scale = signal_to_noise(grad, group["eps"], owner=owner)
         if scale is not None:
             state["scale"] = min(state.pop("calibrated", scale), group["max_scale"] or math.inf)
             buffer.copy_(grad)
@@ -170,18 +183,18 @@ class SGDSaI(Together):
             for _, p in owners:
                 if p.grad is None:
                     continue
-                g = real(p.grad.detach()).double()
-                if not torch.isfinite(g).all():
+                g = real(local(p.grad.detach())).double()
+                if not math.isfinite(total(g, p)):
                     raise ValueError(
                         f"calibrate: a gradient of shape {tuple(p.shape)} is not finite; "
                         "lower the loss scale and call again"
                     )
                 means[p] = means[p] + g / batches if p in means else g / batches
-                spreads[p] = spreads.get(p, 0.0) + deviation(g) / batches
+                spreads[p] = spreads.get(p, 0.0) + deviation(g, p) / batches
         for group, p in owners:
             found = None
             if p in means:
-                found = signal_to_noise(means[p], group["eps"], spreads[p])
+                found = signal_to_noise(means[p], group["eps"], spreads[p], p)
             if found is not None:
                 self.state[p]["calibrated"] = min(found, group["max_scale"] or math.inf)
         self.zero_grad()
