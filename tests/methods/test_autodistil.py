@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import copy
 import warnings
 
 import pytest
 import torch
-from tests.tiny import tiny_dit, tiny_unet
+from tests.tiny import tiny_dit, tiny_dit_pipe, tiny_unet
 
 from effuse.compress.search.autodistil import (
     BASE,
@@ -15,17 +15,19 @@ from effuse.compress.search.autodistil import (
     MSE,
     SMALL,
     TINY,
+    Answer,
     AttentionRelationLoss,
     ElasticTransformer,
     Sandwich,
+    Slice,
     SubSpace,
     choose,
     held_out_loss,
+    read_of,
     relation,
-    relations_of,
 )
 from effuse.compress.search.dynas import LINAS
-from effuse.compress.search.elastic import Cut, Size, kept_blocks, whole_of
+from effuse.compress.search.elastic import Cut, Size, family_of, kept_blocks, whole_of
 from effuse.compress.units import macs
 from effuse.core.training import fit
 
@@ -323,9 +325,9 @@ def test_all_workers_draw_the_same_sizes():
         student = ElasticTransformer.from_pretrained_dense(model, SPACE)
         goal = Sandwich(model, student, AttentionRelationLoss(2), seed=3)
         asked = []
-        plain = student.relations
-        student.relations = lambda size, c, plain=plain, asked=asked: (
-            asked.append(size) or plain(size, c)
+        plain = student.read
+        student.read = lambda size, c, lesson, plain=plain, asked=asked: (
+            asked.append(size) or plain(size, c, lesson)
         )
         torch.rand(1)
         for _ in range(3):
@@ -336,4 +338,104 @@ def test_all_workers_draw_the_same_sizes():
     assert drawn[0][0::4] == [SPACE.largest] * 3
     assert drawn[0][1::4] == [SPACE.smallest] * 3
     assert len(set(drawn[0][2::4] + drawn[0][3::4])) > 2
-    assert math.isfinite(float(relations_of(model, call(model))[0].sum()))
+
+
+def test_relations_end_the_run_where_they_are_known(model):
+    whole = whole_of(model).size
+    student = ElasticTransformer.from_pretrained_dense(
+        model, SubSpace((whole.depth,), (whole.hidden,), (whole.heads,), (whole.ratio,))
+    )
+    family, (args, kwargs) = family_of(model), call(model)
+    rows = model.get_submodule(family.blocks)
+    attention, heard, ended = rows[-1].get_submodule(family.attention), [], []
+    hooks = [
+        attention.get_submodule(n).register_forward_hook(lambda m, a, out: heard.append(out))
+        for n in family.qkv
+    ]
+    hooks.append(rows[-1].register_forward_hook(lambda *_: ended.append(1)))
+    model(*args, **kwargs)
+    assert len(ended) == 1
+    loss = AttentionRelationLoss(4)
+    got = read_of(model, {"call": call(model)}, loss)
+    assert len(ended) == 1
+    for h in hooks:
+        h.remove()
+    assert all(torch.equal(a, b) for a, b in zip(got, loss.relations(heard[:3]), strict=True))
+    mine = student.read(whole, {"call": call(model)}, loss)
+    assert all(torch.equal(a, b) for a, b in zip(got, mine, strict=True))
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_answers_by_hand():
+    a, b, _ = qkv(2, 5, 3)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    assert Answer().apart([a], [b]).item() == pytest.approx(float((a - b).pow(2).mean()))
+    part = torch.cat([(a - b)[0, :3], (a - b)[1]]).pow(2).mean()
+    assert Answer().apart([a], [b], mask).item() == pytest.approx(float(part))
+
+
+# ---- a student in its pipeline
+
+
+def test_a_slice_comes_off_and_costs_what_it_says(model):
+    (args, kwargs) = call(model)
+    with torch.no_grad():
+        before = model(*args, **kwargs)[0]
+    handle = Slice(depth=2, hidden=24, ratio=1.5).attach(model)
+    assert whole_of(model).size == Size(2, 24, 4, 1.5)
+    assert handle.report()["parameters"] == sum(p.numel() for p in model.parameters())
+    assert handle.report()["parameters"] < handle.report()["parameters_before"]
+    with torch.no_grad():
+        assert not torch.equal(model(*args, **kwargs)[0], before)
+    handle.detach()
+    with torch.no_grad():
+        assert torch.equal(model(*args, **kwargs)[0], before)
+    with pytest.raises(ValueError, match="expected 1 to 32"):
+        Slice(hidden=33).attach(model)
+    with pytest.raises(ValueError, match="where leaves out"):
+        Slice(depth=1, where=lambda name, m: False).attach(model)
+
+
+def test_from_a_teacher_to_a_saved_pipeline(tmp_path):
+    """Train all sizes on answers, choose with LINAS, put the student in, save, load, sample."""
+    from effuse.bridge import store
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe = tiny_dit_pipe(num_layers=4, num_attention_heads=4, attention_head_dim=8)
+    teacher = copy.deepcopy(pipe.transformer).eval()
+    student = ElasticTransformer.from_pretrained_dense(teacher, SPACE)
+    held = [{"call": call(teacher, 4, 10**6)}]
+    before = held_out_loss(student, SPACE.largest, teacher, held, Answer())
+    fit(
+        Sandwich(teacher, student, Answer()),
+        lambda rng: {"call": call(teacher, 4, int(torch.randint(1 << 30, (), generator=rng)))},
+        torch.optim.AdamW(student.parameters(), lr=3e-3),
+        steps=12,
+        rng=torch.Generator().manual_seed(0),
+        progress=False,
+    )
+    assert held_out_loss(student, SPACE.largest, teacher, held, Answer()) < 0.7 * before
+    cap = 0.9 * student.macs_at(SPACE.largest, held[0]["call"])
+    size, found = choose(
+        student, teacher, held, loss=Answer(), most_macs=cap, tactic=LINAS(4, 40), budget=8
+    )
+    assert found.measured <= 8
+    assert student.macs_at(size, held[0]["call"]) <= cap
+    handle = Slice(**vars(size)).attach(pipe.transformer)
+    pipe.transformer.load_state_dict(student.extract(size).state_dict())
+    drawn = _drawn(pipe)
+    again = store.load(store.save(pipe, tmp_path / "pipe", [("transformer", handle)]))
+    assert whole_of(again.transformer).size == size
+    assert torch.equal(_drawn(again), drawn)
+    again.transformer.eval()
+    alone = held_out_loss(student, size, teacher, held, Answer())
+    with torch.no_grad():
+        target, out = (read_of(m, held[0], Answer()) for m in (teacher, again.transformer))
+    assert Answer().apart(target, out).item() == pytest.approx(alone, rel=1e-5)
+
+
+def _drawn(pipe):
+    rng = torch.Generator().manual_seed(0)
+    out = pipe([1, 2], guidance_scale=1.0, num_inference_steps=2, generator=rng, output_type="np")
+    return torch.from_numpy(out.images)

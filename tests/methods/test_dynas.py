@@ -10,8 +10,18 @@ import sys
 import pytest
 import torch
 
-from effuse.compress.search import Budget, Gene, Journal, RandomSearch, Ray, SearchSpace, search
-from effuse.compress.search.dynas import LINAS
+from effuse.compress.search import (
+    Budget,
+    Gene,
+    Journal,
+    Local,
+    RandomSearch,
+    Ray,
+    SearchSpace,
+    Study,
+    search,
+)
+from effuse.compress.search.dynas import LINAS, _Pool
 from effuse.compress.search.evolution import NSGA2, UNSGA3, Variation, engine_for
 from effuse.compress.search.predictors import SVR, Predictor, Ridge, agreement, unit_of
 from effuse.ops import pareto
@@ -292,6 +302,22 @@ def test_fresh_loses_no_place():
     kept = search(small, additive, GOALS, tactic=LINAS(20, 300), budget=100)
     fresh = search(small, additive, GOALS, tactic=LINAS(20, 300, fresh=True), budget=100)
     assert fresh.measured == 100 >= kept.measured
+
+
+def test_the_best_that_nobody_measured_comes_instead():
+    """All is known but a few: those evolution met come back, the best by rank first."""
+    space = SearchSpace({"g0": (0, 1, 2, 3), "g1": (0, 1, 2, 3)})
+    study = Study(space, lambda c: {"a": 1.0}, {"a": "min"}, [], Journal(None), Local())
+    genes = space.points()
+    study.measure(genes[:10])
+    pool = _Pool(NSGA2(3), study, torch.Generator().manual_seed(0))
+    y = torch.arange(16.0, dtype=torch.float64)[:, None]
+    for part in (genes[:12], genes[4:], genes):  # the same again changes nothing
+        pool.add(part, y[part[:, 0] * 4 + part[:, 1]], None)
+    assert sorted(pool.best().tolist()) == genes[10:13].tolist()
+    broken = _Pool(NSGA2(2), study, torch.Generator().manual_seed(0))
+    broken.add(genes[10:14], y[10:14], torch.tensor([1.0, 0.5, 0.0, 0.0]).double())
+    assert sorted(broken.best().tolist()) == genes[12:14].tolist()
 
 
 # ---- failures, the journal

@@ -279,18 +279,15 @@ def narrowed(bench: Bench, pipe: Any, share: float) -> Cheaper:
 
 def factored(bench: Bench, pipe: Any, share: float) -> Transform:
     """Thin products in the place of layers, as many parameters of the network as stay."""
-    network = cost.denoising_network(pipe)
-    probe = Maestro().attach(network)
-    dense = sum(layer.dense_cost for layer in probe.factors.values())
-    probe.detach()
-    return Maestro(keep=1 - share * parameters(network) / dense, of="parameters")
+    return Maestro(keep=1 - share, of="parameters")
 
 
 def zeroed(bench: Bench, pipe: Any, share: float) -> Transform:
     """Single weights by magnitude, as many parameters of the network as stay."""
     network, how = cost.denoising_network(pipe), Sparsify()
     within: list[Any] = [m for n, m in network.named_modules() if how.wants(n, m)]
-    return Sparsify(share * parameters(network) / sum(m.weight.numel() for m in within))
+    among = {id(m.weight): m.weight.numel() for m in within}
+    return Sparsify(share * parameters(network) / sum(among.values()))
 
 
 def layers(criterion: Criterion) -> Callable[[Bench, Any, float], Transform]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from effuse.compress.calibrate import to_device
 from effuse.compress.swap import Swapped, layers_of, owners
+from effuse.compress.units import parameters
 from effuse.core.contracts import Call, Loss, Objective, Transform, Where, everywhere
 from effuse.core.errors import check_choice, check_fraction, check_whole
 from effuse.core.method import method
@@ -297,8 +298,8 @@ class Maestro(Transform):
     Before that, "inputs" and "answers" (not the paper's) split every layer that was not trained
     since `attach` anew, by what it reads in the calls: see `effuse.nn.low_rank.factored`.
 
-    keep: share of what the layers it touches cost, in (0, 1].
-    of: what that is, "macs" or "parameters".
+    keep: share that stays, in (0, 1], of what `of` says.
+    of: the "macs" of the layers it touches, or the "parameters" of the whole network.
     by: "answers", "inputs" or "weights", see above. "answers" tries six sizes of every layer.
     least: layers with fewer in- or outputs stay as they are.
     where: layers it forbids stay as well.
@@ -388,7 +389,7 @@ class Factored(Swapped):
 
     @torch.no_grad()
     def observe(self, calls: Iterable[Call]) -> None:
-        """Cut to the share `keep` of what the layers cost on the calls, as `Maestro` says."""
+        """Cut to the share `keep` of multiplications or parameters, as `Maestro` says."""
         calls = list(calls)
         self.count(calls)
         if self.transform.by != "weights":
@@ -423,7 +424,7 @@ class Factored(Swapped):
         return fresh
 
     @torch.no_grad()
-    def judge(self, calls: Sequence[Call], most: int = 4) -> dict[str, Tensor]:
+    def judge(self, calls: Sequence[Call], most: int = 2) -> dict[str, Tensor]:
         """Measure what the network loses when one layer is cut, at six sizes of every layer.
 
         E||f(x; i cut to b) - f(x)||^2 / E||f(x)||^2, between the sizes on a straight line of its
@@ -503,7 +504,7 @@ class Factored(Swapped):
         self.positions = seen
 
     def extract(self, keep: float) -> dict[str, int | None]:
-        """Cut to the share `keep` of what the dense layers cost; returns the ranks.
+        """Cut to the share `keep` of what `Maestro.of` says; returns the ranks.
 
         None stands for a dense layer. By the losses that `judge` found, else by the share of each
         layer's energy. Only ever takes away: extract large sizes before small ones, or from a copy.
@@ -516,15 +517,18 @@ class Factored(Swapped):
             raise ValueError("multiplications are not counted yet: call count first")
         names = list(self.factors)
         often = self.positions
+        fixed = sum(often[n] * m.weight.numel() for n, m in self._dense())
         if self.transform.of == "parameters":
             often = dict.fromkeys(self.layers, 1)
+            split = sum(m.left.numel() + m.right.numel() for m in self.factors.values())
+            fixed = parameters(self.model) - split
         chosen = allocate(
             [self.losses.get(n, energy_losses(self.factors[n].energies())) for n in names],
             [self.factors[n].per_component for n in names],
             [self.factors[n].dense_cost for n in names],
             [max(1, often[n]) for n in names],
             keep,
-            fixed=sum(often[n] * m.weight.numel() for n, m in self._dense()),
+            fixed=fixed,
         )
         for name, rank in zip(names, chosen, strict=True):
             self._put(name, rank)
@@ -635,8 +639,7 @@ def allocate(
             at[i] = b._replace(rank=min(most, b.rank + back))
     if spent > budget:
         raise ValueError(
-            f"keep={keep}: rank 1 everywhere is {spent / whole:.3f} of the "
-            "multiplications already; keep more"
+            f"keep={keep}: rank 1 everywhere is {spent / whole:.3f} of the cost already; keep more"
         )
     return [size.rank for size in at]
 

@@ -7,7 +7,8 @@ disturbs each other's gradients. Sub-networks are slices of its tensors (see `el
     R_Q = q q^T / sqrt(D / A)      for each of A relation heads, D channels of q; R_K, R_V alike
     L = sum over Q, K, V of 1 / (A T) sum KL(softmax R^teacher || softmax R^student)
 
-q, k, v of the last block. A is common to teacher and student, so that widths may differ.
+q, k, v of the last block. A is common to teacher and student, so that widths may differ. Networks
+that are used as they come out (a DiT that predicts noise) learn answers instead: `Answer`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,14 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from effuse.compress.units import macs
-from effuse.core.contracts import Call, Loss, Objective
+from effuse.core.contracts import Applied, Call, Loss, Objective, Transform, Where, everywhere
+from effuse.core.errors import Unsuited
 from effuse.core.method import method
 
 from .base import Found, SearchSpace, Tactic, search
-from .elastic import Cut, Size, family_of, whole_of
+from .elastic import FAMILIES, Cut, Size, family_of, whole_of
 
-Relations = tuple[Tensor, Tensor, Tensor]
-"""q, k, v of one block, (B, T, D), heads side by side."""
+# ---- one student
 
 
 @method(
@@ -40,9 +41,95 @@ Relations = tuple[Tensor, Tensor, Tensor]
     paper="Few-shot Task-agnostic Neural Architecture Search for Distilling Large Language Models",
     year=2022,
     buys="students of many sizes from one training of a transformer, chosen without retraining",
-    missing="UNets, whose streams differ by stage; a transform for recipes: students are networks",
-    example=lambda: SubSpace((1, 2), (16, 32), (1, 2), (2.0, 3.0)),
+    missing="UNets, whose streams differ by stage",
+    example=lambda: Slice(depth=2, hidden=24, heads=1, ratio=2.0),
 )
+@dataclass(frozen=True)
+class Slice(Transform):
+    """One student of a transformer: the leading channels, heads and neurons of some blocks.
+
+    None keeps what the network has. The slice alone is rough: it wants healing, or the weights of a
+    trained super-network: `handle.model.load_state_dict(student.extract(size).state_dict())`.
+
+    depth: blocks. hidden: channels of the stream. heads: of attention. ratio: neurons a channel.
+    where: must allow every block, since the stream runs through all.
+    """
+
+    depth: int | None = None
+    hidden: int | None = None
+    heads: int | None = None
+    ratio: float | None = None
+    where: Where = everywhere
+    kind = "prune"
+
+    def attach(self, model: nn.Module) -> Sliced:
+        """Cut the network in place; the original's tensors are kept until `finalize`.
+
+        Raises:
+            Unsuited: nobody knows how such a network is cut.
+            ValueError: it is smaller than asked, or `where` leaves out a block.
+        """
+        if not any(c.__name__ in FAMILIES for c in type(model).__mro__):
+            raise Unsuited(
+                f"{type(model).__name__} cannot be sliced: expected one of {', '.join(FAMILIES)}"
+            )
+        whole = whole_of(model)
+        asked = {n: getattr(self, n) for n in vars(whole.size)}
+        size = Size(**{n: vars(whole.size)[n] if v is None else v for n, v in asked.items()})
+        head = f"{family_of(model).blocks}."
+        for name, module in model.named_modules():
+            block = name.startswith(head) and "." not in name.removeprefix(head)
+            if block and not self.where(name, module):
+                raise ValueError(f"where leaves out {name}: a slice goes through every block")
+        return Sliced(self, model, Cut(model, size, whole))
+
+
+class Sliced(Applied):
+    """A network that is a slice of what it was. cut: which."""
+
+    transform: Slice
+
+    def __init__(self, transform: Slice, model: nn.Module, cut: Cut):
+        self.transform, self.model, self.cut = transform, model, cut
+        self.before = sum(p.numel() for p in model.parameters())
+        self._old = [dict(held) for held in _held(model)]
+        for held, new in zip(_held(model), _held(cut.extract(model)), strict=True):
+            held.clear()
+            held.update(new)
+        self.finalized = False
+
+    def objective(self, teacher: nn.Module, steps: int | None = None) -> Objective:
+        """Return the squared distance to `teacher`'s answers."""
+        from effuse.distill.features import FeatureDistillation
+
+        return FeatureDistillation(teacher, self.model, [])
+
+    def report(self) -> dict[str, Any]:
+        """Return the size, and counted parameters before and after."""
+        now = sum(p.numel() for p in self.model.parameters())
+        return {**vars(self.cut.size), "parameters_before": self.before, "parameters": now}
+
+    def detach(self) -> None:
+        """Put the whole network back; what the slice learnt since is gone."""
+        if self.finalized:
+            raise RuntimeError("it was finalized, the rest is gone for good: load the original")
+        for held, old in zip(_held(self.model), self._old, strict=True):
+            held.clear()
+            held.update(old)
+
+    def finalize(self) -> None:
+        """Give up the way back and its memory."""
+        self._old, self.finalized = [], True
+
+
+def _held(model: nn.Module) -> tuple[dict[str, Any], ...]:
+    return model._modules, model._parameters, model._buffers
+
+
+# ---- sub-spaces
+
+
+@method("autodistil", example=lambda: SubSpace((1, 2), (16, 32), (1, 2), (2.0, 3.0)))
 @dataclass(frozen=True)
 class SubSpace:
     """Sizes that share one super-network: four of each in the paper, close together.
@@ -99,30 +186,41 @@ TINY = SubSpace((4, 5, 6, 7), (128, 160, 192, 224), (7, 8, 9, 10), (2.0, 2.5, 3.
 class Distance(ABC):
     """How far relations are apart. A frozen dataclass."""
 
+    def of(self, relations: Tensor, pairs: Tensor | None) -> Tensor:
+        """Return what of one network's relations, (B, A, T, T), is compared: themselves here."""
+        return relations
+
     @abstractmethod
-    def __call__(self, teacher: Tensor, student: Tensor, pairs: Tensor) -> Tensor:
-        """Return (B, A, T) of relations (B, A, T, T); pairs: (B, 1, 1, T) bool, which count."""
+    def __call__(self, teacher: Tensor, student: Tensor, pairs: Tensor | None) -> Tensor:
+        """Return (B, A, T) of what `of` gives; pairs: (B, 1, 1, T) bool, which count; None all."""
 
 
 @dataclass(frozen=True)
 class KL(Distance):
     """KL(softmax of the teacher's || softmax of the student's) of every row: the paper's."""
 
-    def __call__(self, teacher: Tensor, student: Tensor, pairs: Tensor) -> Tensor:
+    def of(self, relations: Tensor, pairs: Tensor | None) -> Tensor:
+        """Return log-probabilities of each row."""
+        if pairs is not None:
+            relations = relations.masked_fill(~pairs, torch.finfo(relations.dtype).min)
+        return relations.log_softmax(-1)
+
+    def __call__(self, teacher: Tensor, student: Tensor, pairs: Tensor | None) -> Tensor:
         """See `Distance`."""
-        low = torch.finfo(teacher.dtype).min
-        p, q = (x.masked_fill(~pairs, low).log_softmax(-1) for x in (teacher, student))
-        return (p.exp() * (p - q)).masked_fill(~pairs, 0.0).sum(-1)
+        apart = teacher.exp() * (teacher - student)
+        return (apart if pairs is None else apart.masked_fill(~pairs, 0.0)).sum(-1)
 
 
 @dataclass(frozen=True)
 class MSE(Distance):
     """Mean square difference of raw relations: what the authors' code does."""
 
-    def __call__(self, teacher: Tensor, student: Tensor, pairs: Tensor) -> Tensor:
+    def __call__(self, teacher: Tensor, student: Tensor, pairs: Tensor | None) -> Tensor:
         """See `Distance`."""
-        apart = (teacher - student).square().masked_fill(~pairs, 0.0)
-        return apart.sum(-1) / pairs.sum(-1).clamp_min(1)
+        apart = (teacher - student).square()
+        if pairs is None:
+            return apart.mean(-1)
+        return apart.masked_fill(~pairs, 0.0).sum(-1) / pairs.sum(-1).clamp_min(1)
 
 
 def relation(x: Tensor, heads: int) -> Tensor:
@@ -137,12 +235,53 @@ def relation(x: Tensor, heads: int) -> Tensor:
             f"{x.shape[-1]} channels in {heads} relation heads: expected at least one channel each"
         )
     split = x[..., : d * heads].unflatten(-1, (heads, d)).transpose(1, 2)
-    return split @ split.mT / math.sqrt(d)
+    return (split / math.sqrt(d)) @ split.mT
+
+
+class Lesson(ABC):
+    """What a student shall have in common with its teacher. A frozen dataclass."""
+
+    @abstractmethod
+    def read(
+        self, model: nn.Module, run: Callable[[], Any], mask: Tensor | None = None
+    ) -> list[Tensor]:
+        """Return what is compared, of one run of a network.
+
+        Args:
+            model: teacher or student.
+            run: runs it.
+            mask: (B, T) bool, tokens that count; all if None.
+        """
+
+    @abstractmethod
+    def apart(
+        self, teacher: Sequence[Tensor], student: Sequence[Tensor], mask: Tensor | None = None
+    ) -> Tensor:
+        """Return the loss, (), of what was read of both."""
 
 
 @dataclass(frozen=True)
-class AttentionRelationLoss:
-    """Distance of the last block's relations, summed over Q, K, V.
+class Answer(Lesson):
+    """Mean square difference of answers, the first of them if there are several."""
+
+    def read(
+        self, model: nn.Module, run: Callable[[], Any], mask: Tensor | None = None
+    ) -> list[Tensor]:
+        """See `Lesson`."""
+        out = run()
+        return [out if isinstance(out, Tensor) else out[0]]
+
+    def apart(
+        self, teacher: Sequence[Tensor], student: Sequence[Tensor], mask: Tensor | None = None
+    ) -> Tensor:
+        """See `Lesson`; a mask is of the first two axes."""
+        square = (teacher[0] - student[0]).square()
+        return (square if mask is None else square[mask.bool()]).mean()
+
+
+@dataclass(frozen=True)
+class AttentionRelationLoss(Lesson):
+    """Distance of the last block's relations, summed over Q, K, V: the paper's.
 
     heads: A, relation heads. distance: `KL`, or `MSE`.
     """
@@ -150,36 +289,60 @@ class AttentionRelationLoss:
     heads: int = 12
     distance: Distance = field(default_factory=KL)
 
-    def __call__(
-        self, teacher: Relations, student: Relations, mask: Tensor | None = None
-    ) -> Tensor:
-        """Return the loss, (): mean over rows, heads and tokens.
+    def read(
+        self, model: nn.Module, run: Callable[[], Any], mask: Tensor | None = None
+    ) -> list[Tensor]:
+        """See `Lesson`; what comes after q, k, v is not run."""
+        with attending(model) as heard, suppress(_Heard):
+            run()
+        return self.relations([heard[i] for i in range(3)], mask)
 
-        Args:
-            teacher: q, k, v.
-            student: likewise, of any width.
-            mask: (B, T) bool, tokens that count; all if None.
-        """
-        b, t = teacher[0].shape[:2]
-        valid = teacher[0].new_ones(b, t, dtype=torch.bool) if mask is None else mask.bool()
-        pairs, total = valid[:, None, None], teacher[0].new_zeros(())
+    def relations(self, qkv: Sequence[Tensor], mask: Tensor | None = None) -> list[Tensor]:
+        """Return what is compared of q, k, v: (B, T, D), of any width, heads side by side."""
+        pairs = None if mask is None else mask.bool()[:, None, None]
+        return [self.distance.of(relation(x, self.heads), pairs) for x in qkv]
+
+    def apart(
+        self, teacher: Sequence[Tensor], student: Sequence[Tensor], mask: Tensor | None = None
+    ) -> Tensor:
+        """See `Lesson`: mean over rows, heads and tokens."""
+        total = teacher[0].new_zeros(())
         for old, new in zip(teacher, student, strict=True):
-            rows = self.distance(relation(old, self.heads), relation(new, self.heads), pairs)
-            rows = rows.masked_fill(~valid[:, None], 0.0)
-            total = total + rows.sum() / (self.heads * valid.sum())
+            if mask is None:
+                total = total + self.distance(old, new, None).mean()
+                continue
+            rows = self.distance(old, new, mask.bool()[:, None, None])
+            rows = rows.masked_fill(~mask.bool()[:, None], 0.0)
+            total = total + rows.sum() / (self.heads * mask.bool().sum())
         return total
+
+    def __call__(
+        self, teacher: Sequence[Tensor], student: Sequence[Tensor], mask: Tensor | None = None
+    ) -> Tensor:
+        """Return the loss of q, k, v of both."""
+        return self.apart(self.relations(teacher, mask), self.relations(student, mask), mask)
+
+
+class _Heard(BaseException):
+    """All was heard that is needed; not an error."""
 
 
 @contextmanager
-def attending(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect q, k, v of a network's last block while inside."""
+def attending(model: nn.Module) -> Iterator[dict[int, Tensor]]:
+    """Collect q, k, v (0, 1, 2) of a network's last block, and end its run there by `_Heard`."""
     family = family_of(model)
     rows: Any = model.get_submodule(family.blocks)
     attention = rows[len(rows) - 1].get_submodule(family.attention)
-    heard: list[Tensor] = []
+    heard: dict[int, Tensor] = {}
+
+    def hear(i: int, out: Tensor) -> None:
+        heard[i] = out
+        if len(heard) == 3:
+            raise _Heard
+
     hooks = [
-        attention.get_submodule(n).register_forward_hook(lambda m, args, out: heard.append(out))
-        for n in family.qkv
+        attention.get_submodule(n).register_forward_hook(lambda m, args, out, i=i: hear(i, out))
+        for i, n in enumerate(family.qkv)
     ]
     try:
         yield heard
@@ -227,13 +390,11 @@ class ElasticTransformer(nn.Module):
         """Run the sub-network of `self.size`."""
         return self.cut(self.size)(self.network, *args, **kwargs)
 
-    def relations(self, size: Size, call: Call) -> Relations:
-        """Return q, k, v of the last block of one sub-network."""
-        cut, (args, kwargs) = self.cut(size), call
-        with attending(cut.skeleton) as heard:
-            cut(self.network, *args, **kwargs)
-        q, k, v = heard
-        return q, k, v
+    def read(self, size: Size, batch: Mapping[str, Any], lesson: Lesson) -> list[Tensor]:
+        """Return what a lesson compares, of one sub-network; batch: as of `Sandwich`."""
+        cut, (args, kwargs) = self.cut(size), batch["call"]
+        run = lambda: cut(self.network, *args, **kwargs)  # noqa: E731
+        return lesson.read(cut.skeleton, run, batch.get("mask"))
 
     def extract(self, size: Size | Mapping[str, Any]) -> nn.Module:
         """Return a sub-network alone, with tensors of its own.
@@ -252,13 +413,10 @@ class ElasticTransformer(nn.Module):
         return macs(self.extract(size), call)
 
 
-def relations_of(model: nn.Module, call: Call) -> Relations:
-    """Return q, k, v of the last block of a network, which runs as it is set: to train or not."""
-    args, kwargs = call
-    with attending(model) as heard:
-        model(*args, **kwargs)
-    q, k, v = heard
-    return q, k, v
+def read_of(model: nn.Module, batch: Mapping[str, Any], lesson: Lesson) -> list[Tensor]:
+    """Return what a lesson compares, of a network, which runs as it is set: to train or not."""
+    args, kwargs = batch["call"]
+    return lesson.read(model, lambda: model(*args, **kwargs), batch.get("mask"))
 
 
 class Sandwich(Objective):
@@ -274,7 +432,7 @@ class Sandwich(Objective):
     Args:
         teacher: frozen.
         student: the super-network.
-        loss: of relations.
+        loss: what is learnt; attention relations if None.
         drawn: sizes by chance.
         sizes: called with a generator in place of all that: the sizes of one step.
     """
@@ -283,7 +441,7 @@ class Sandwich(Objective):
         self,
         teacher: nn.Module,
         student: ElasticTransformer,
-        loss: AttentionRelationLoss | None = None,
+        loss: Lesson | None = None,
         *,
         drawn: int = 2,
         seed: int = 0,
@@ -291,7 +449,8 @@ class Sandwich(Objective):
     ):
         super().__init__()
         self.teacher = teacher.eval().requires_grad_(False)
-        self.student, self.measure = student, loss or AttentionRelationLoss()
+        self.student = student
+        self.measure: Lesson = loss or AttentionRelationLoss()
         self.drawn, self.seed, self.sizes = drawn, seed, sizes or self._sandwich
         self.step: Tensor
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
@@ -310,13 +469,13 @@ class Sandwich(Objective):
         self, player: str, batch: Mapping[str, Any], *, rng: torch.Generator | None = None
     ) -> Loss:
         """See `Objective.loss`; terms are the largest, the smallest, and the drawn ones' sum."""
-        call, mask = batch["call"], batch.get("mask")
+        how, mask = self.measure, batch.get("mask")
         with torch.no_grad():
-            target = relations_of(self.teacher, call)
+            target = read_of(self.teacher, batch, how)
         chance = torch.Generator().manual_seed(1_000_003 * self.seed + int(self.step))
         self.step += 1
         each = [
-            self.measure(target, self.student.relations(size, call), mask)
+            how.apart(target, self.student.read(size, batch, how), mask)
             for size in self.sizes(chance)
         ]
         terms = {f"size{i}": v for i, v in enumerate(each)}
@@ -332,14 +491,26 @@ def held_out_loss(
     size: Size,
     teacher: nn.Module,
     batches: Sequence[Mapping[str, Any]],
-    loss: AttentionRelationLoss,
+    loss: Lesson,
+    targets: Sequence[Sequence[Tensor]] | None = None,
 ) -> float:
-    """Return the mean loss of one sub-network over batches."""
+    """Return the mean loss of one sub-network over batches.
+
+    targets: what `targets_of` gives, where many sub-networks are asked.
+    """
     values = [
-        loss(relations_of(teacher, b["call"]), student.relations(size, b["call"]), b.get("mask"))
-        for b in batches
+        loss.apart(target, student.read(size, b, loss), b.get("mask"))
+        for target, b in zip(targets or targets_of(teacher, batches, loss), batches, strict=True)
     ]
     return float(torch.stack(values).double().mean())
+
+
+@torch.no_grad()
+def targets_of(
+    teacher: nn.Module, batches: Sequence[Mapping[str, Any]], loss: Lesson
+) -> list[list[Tensor]]:
+    """Return what the teacher has of each batch."""
+    return [read_of(teacher, b, loss) for b in batches]
 
 
 def choose(
@@ -348,7 +519,7 @@ def choose(
     batches: Sequence[Mapping[str, Any]],
     *,
     most_macs: float = math.inf,
-    loss: AttentionRelationLoss | None = None,
+    loss: Lesson | None = None,
     tactic: Tactic | None = None,
     budget: int | None = None,
     proxy: Callable[[nn.Module], float] | None = None,
@@ -363,7 +534,7 @@ def choose(
         teacher: what it was taught by.
         batches: held out.
         most_macs: multiply-accumulates of one call of the first batch, at most.
-        loss: of relations.
+        loss: what was learnt; attention relations if None.
         tactic: None measures all sizes under the bound.
         budget: of the tactic.
         proxy: a task's loss of an extracted sub-network, in place of the held-out loss.
@@ -373,6 +544,7 @@ def choose(
         ValueError: nothing is cheap enough.
     """
     measure, call = loss or AttentionRelationLoss(), batches[0]["call"]
+    targets = targets_of(teacher, batches, measure) if proxy is None else None
     space = student.space.space
     price = functools.cache(lambda size: student.macs_at(size, call))
     least = price(student.space.smallest)
@@ -387,7 +559,7 @@ def choose(
         if proxy is not None:
             value = proxy(student.extract(size))
         else:
-            value = held_out_loss(student, size, teacher, batches, measure)
+            value = held_out_loss(student, size, teacher, batches, measure, targets)
         return {"loss": value, "macs": cost, "parameters": student.parameters_at(size)}
 
     if tactic is None:

@@ -46,7 +46,9 @@ class LINAS(Tactic):
             with the paper's settings.
         warm: trials of an earlier search of the same space, on other hardware or other data: the
             first population then comes from predictors fitted on them.
-        fresh: let measured points not be asked for again: the paper's loop loses those places.
+        fresh: ask for nothing twice: the best that evolution met and nobody has measured comes in
+            place of what was measured. The paper's loop loses those places, more of them the
+            smaller N is.
     """
 
     population: int = 50
@@ -103,18 +105,52 @@ class LINAS(Tactic):
             n: self.predictor.fit(x, torch.tensor([m[n] for m in metrics], dtype=torch.float64))
             for n in names
         }
-        known = set(study.trials) if self.fresh else set()
+        pool = _Pool(engine, study, rng)
 
         def predicted(some: Tensor) -> tuple[Tensor, Tensor | None]:
             features = study.space.onehot(some)
             found = {n: f(features) for n, f in fitted.items()}
             y = [found[n] if g == "min" else -found[n] for n, g in study.objectives.items()]
-            return torch.stack(y, 1), study.excess(found, len(some))
+            out = torch.stack(y, 1), study.excess(found, len(some))
+            if self.fresh:
+                pool.add(some, *out)
+            return out
 
         last = engine.evolve(study.space, predicted, self.predictions, rng)
-        if known:
-            new = [r for r in last.tolist() if tuple(r) not in known]
-            spare = study.space.random(4 * engine.population, rng).tolist()
-            new += [r for r in spare if tuple(r) not in known and r not in new]
-            last = torch.tensor(new[: engine.population], dtype=torch.long)
+        if self.fresh:
+            best = pool.best().tolist()
+            best += [r for r in study.space.random(4 * engine.population, rng).tolist()
+                     if tuple(r) not in pool.seen]  # fmt: skip
+            last = torch.tensor(best[: engine.population], dtype=torch.long)
         return last.view(-1, len(study.space.places))
+
+
+class _Pool:
+    """The best points that evolution met and nobody has measured."""
+
+    def __init__(self, engine: Evolution, study: Study, rng: torch.Generator):
+        self.engine, self.rng = engine, rng
+        self.seen = set(study.trials)
+        self.parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
+
+    def add(self, genes: Tensor, y: Tensor, excess: Tensor | None) -> None:
+        """Take what is new; now and then forget what is far from best."""
+        new = [i for i, r in enumerate(map(tuple, genes.tolist())) if r not in self.seen]
+        self.seen.update(map(tuple, genes[new].tolist()))
+        self.parts.append((genes[new], y[new], None if excess is None else excess[new]))
+        if sum(len(g) for g, _, _ in self.parts) > 20 * self.engine.population:
+            self.best()
+
+    def best(self) -> Tensor:
+        """Return as many as a population has, or all."""
+        genes, y, excess = (
+            None if part[0] is None else torch.cat(part) for part in zip(*self.parts, strict=True)
+        )
+        assert genes is not None
+        assert y is not None
+        if len(genes) > self.engine.population:
+            stay, _ = self.engine.order(y, excess, self.engine.population, self.rng)
+            genes, y = genes[stay], y[stay]
+            excess = None if excess is None else excess[stay]
+        self.parts = [(genes, y, excess)]
+        return genes
