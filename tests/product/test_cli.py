@@ -347,11 +347,23 @@ def test_search_writes_its_front_and_goes_on(folder, tmp_path, capsys, monkeypat
     front = json.loads((out / "front.json").read_text())
     assert front["measured"] == 2
     assert len(list((out / "recipes").glob("*.yaml"))) == len(front["front"]) >= 1
-    assert "0 measured" in run(*words, "--budget", "macs<50x")
+    said = run(*words, "--budget", "macs<50x")
+    assert "0 measured" in said
+    assert "front.png" in said
     monkeypatch.setattr(sys, "argv", ["effuse", *map(str, words), "--budget", "size=3"])
     with pytest.raises(SystemExit):
         main()
     assert "expected a metric, < or >" in capsys.readouterr().err
+
+
+def test_stopped_by_the_keyboard_says_that_it_can_go_on(capsys):
+    def stopped():
+        raise SystemExit(130)
+
+    with pytest.raises(SystemExit) as end:
+        main(stopped)
+    assert end.value.code == 130
+    assert "give the command again" in capsys.readouterr().err
 
 
 def test_a_fine_tune_is_kept_as_a_change_and_comes_back(folder, tmp_path, capsys, monkeypatch):

@@ -46,6 +46,11 @@ def main(run: Callable[[], None] = app) -> None:
         os.environ.setdefault(name, quiet)
     try:
         run()
+    except SystemExit as end:
+        if end.code == 130:  # Ctrl-C
+            told = "stopped; slim, search and train go on where they were: give the command again"
+            Console(stderr=True).print(told, highlight=False)
+        raise
     except (ValueError, TypeError, ImportError, OSError) as error:
         if os.environ.get("EFFUSE_DEBUG"):
             raise

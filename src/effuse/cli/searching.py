@@ -56,9 +56,7 @@ def search(
         table.add_row(f"{i:02d}.yaml", *(f"{trial.metrics[n]:.4g}" for n in names))
     console.print(table)
     failed = sum(bool(t.failure) for t in found.trials)
-    console.print(
-        f"{found.measured} measured, {failed} failed; front.json, front.png and recipes in "
-        f"[bold]{out}[/]"
-    )
+    console.print(f"{found.measured} measured, {failed} failed, in [bold]{out}[/]")
     if not found.front:
         raise ValueError("no recipe keeps every budget: loosen one, or give more --trials")
+    console.print("its front: front.json, front.png and recipes/*.yaml")

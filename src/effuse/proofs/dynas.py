@@ -326,6 +326,7 @@ def _claims(problem: Problem, curves: Mapping[str, list[list[float]]], budget: i
 
     out.append(ahead("linas", "random", "random search"))
     out.append(ahead("linas", "one-shot predictor", "one predictor fitted once"))
+    out.append(ahead("linas, fresh", "one-shot predictor", "one predictor fitted once"))
     out.append(ahead("linas", rival, f"the better NSGA-II ({rival})"))
     out.append(ahead("linas, fresh", "linas", "LINAS that asks twice"))
     if "nsga2 of pymoo" in curves:
