@@ -37,11 +37,10 @@ from effuse.compress.cache.harmonica import (
     Share,
     Single,
     StepwiseDenoising,
-    Swaps,
     Units,
     learn_cache,
 )
-from effuse.compress.cache.keys import Explicit, Route, Uniform
+from effuse.compress.cache.keys import Route, Uniform
 from effuse.compress.calibrate import network_of, walks
 from effuse.core import Denoiser, sample
 from effuse.evaluate.cost import CountMacs
@@ -460,72 +459,6 @@ def test_logits_stay_within_five():
     assert router.weight(2, "a").item() == pytest.approx(1 / (1 + 2.718281828459045**5))
 
 
-# ---- swaps
-
-
-def test_a_swap_moves_work_between_two_steps_at_the_same_cost():
-    table = torch.zeros(6, 5, dtype=torch.bool)
-    table[1::2] = True
-    swaps, rng = Swaps(apart=2), torch.Generator().manual_seed(0)
-    sizes = set()
-    for _ in range(60):
-        out = swaps.swapped(table, rng)
-        assert torch.equal(out.sum(0), table.sum(0))  # each part inherits as often
-        rows, parts = (out != table).any(1).nonzero()[:, 0], (out != table).any(0).nonzero()[:, 0]
-        assert len(rows) == 2
-        assert 0 < rows[1] - rows[0] <= 2
-        assert rows[0] > 0
-        assert parts.tolist() == list(range(int(parts[0]), int(parts[-1]) + 1))
-        sizes.add(len(parts))
-    assert sizes == {1, 2, 5}
-    assert swaps.swapped(torch.zeros(6, 5, dtype=torch.bool), rng) is None
-
-
-def test_swaps_keep_what_errs_less_on_all_trajectories_together():
-    """The error is how many pairs differ from a table of the same cost, weighted by trajectory."""
-    wanted = torch.tensor([[0, 0], [0, 1], [1, 1], [1, 0], [0, 1]], dtype=torch.bool)
-    begun = torch.tensor([[0, 0], [1, 1], [0, 1], [1, 0], [0, 1]], dtype=torch.bool)
-    asked = []
-
-    def errors(table, n):
-        asked.append(n)
-        return (n + 1) * float((table != wanted).sum())
-
-    table, told = Swaps(tried=80, trajectories=2).better(
-        begun, errors, torch.Generator().manual_seed(0)
-    )
-    assert torch.equal(table, wanted)
-    assert told[0] == 1.5 * 2
-    assert told == sorted(told, reverse=True)
-    assert told[-1] == 0
-    assert asked.count(0) > asked.count(1)  # what errs more already is not run further
-
-
-def test_swaps_measure_the_final_sample():
-    """Of a part that moves between two steps only, the step of the move computes."""
-
-    costly = nn.Linear(3, 3, bias=False, dtype=torch.float64).requires_grad_(False)
-
-    def jumps(x, t):
-        return 0 * costly(x) + (1.0 if t > 600 else -1.0)
-
-    how = Harmonica(
-        level=Named(("a",)),
-        penalty=Share(0.6, beta=1e-9),
-        iterations=1,
-        lr=1e-9,
-        start=Keyed(Explicit((0, 4))),
-        swaps=Swaps(40, 2, apart=4),
-    )
-    network = Toy(jumps)
-    handle = how.attach(network)
-    route = handle.learn(toy_draw(network), progress=False)
-    assert route.inherits == {"a": (1, 3, 4)}
-    errors = handle.learned["errors"]
-    assert errors[0] > 0.01
-    assert errors[-1] == 0
-
-
 # ---- pipelines
 
 
@@ -605,8 +538,6 @@ def test_trajectories_of_a_pipeline_share_levels_and_differ_in_noise():
         (lambda: Harmonica(lr=0.0), ValueError, "lr=0"),
         (lambda: Harmonica(penalty=0.5), TypeError, "penalty=0.5"),
         (lambda: Harmonica(proxy="single"), TypeError, "proxy='single'"),
-        (lambda: Harmonica(swaps=3), TypeError, "swaps=3"),
-        (lambda: Swaps(tried=0), ValueError, "tried=0"),
         (lambda: Share(1.0), ValueError, "reuse=1.0"),
         (lambda: Fixed(-1.0), ValueError, "beta=-1"),
         (lambda: Route(3, {"a": (0, 1)}), ValueError, "a inherits at steps"),

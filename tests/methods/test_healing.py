@@ -125,3 +125,24 @@ def test_what_was_in_half_precision_is_healed_into_it():
     round_as(student, teacher)
     assert torch.equal(student.weight, learned.half().float())
     assert not torch.equal(student.weight, learned)
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_targets_are_learned_only_if_asked(drawn):
+    """Without `task` nothing changes where the answers are the teacher's, whatever the target."""
+
+    class Pipe:
+        unet = torch.nn.Linear(3, 3)
+
+    class Handle:
+        model = Pipe.unet
+
+        def objective(self, teacher, steps=None):
+            return FeatureDistillation(teacher, self.model, [])
+
+    teacher = copy.deepcopy(Pipe.unet)
+    batch = {"call": ((torch.ones(2, 3),), {}), "target": torch.full((2, 3), 9.0)}
+    batches = (lambda rng: batch) if drawn else [batch]
+    for task in (False, True):
+        heal(Pipe(), Handle(), teacher, batches, minutes=None, steps=3, task=task, progress=False)
+        assert torch.equal(Pipe.unet.weight, teacher.weight) is not task

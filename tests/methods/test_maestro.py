@@ -24,6 +24,7 @@ from effuse.compress.factorize.maestro import (
     energy_losses,
     recalibrate,
 )
+from effuse.compress.units import parameters
 from effuse.core.training import fit
 from effuse.nn.low_rank import (
     InputMoments,
@@ -389,6 +390,17 @@ def test_by_answers_is_nearer_than_by_weights(room):
         lost[by] = sum(float((net(*a) - first(*a)).square().sum().detach()) for a, _ in calls)
     assert lost["answers"] < 1e-3 * lost["inputs"]
     assert lost["inputs"] < lost["weights"]
+
+
+def test_of_parameters_is_of_the_whole_network():
+    """What is not split counts as well."""
+    net = nn.Sequential(nn.Embedding(20, 24), linear(24, 24).float(), linear(24, 24).float())
+    whole, again = parameters(net), copy.deepcopy(net)
+    calls = [((torch.arange(20),), {})]
+    Maestro(keep=0.6, of="parameters", least=4).attach(net).observe(calls)
+    assert 0.6 * whole - 48 < parameters(net) <= 0.6 * whole
+    with pytest.raises(ValueError, match="rank 1 everywhere"):
+        Maestro(keep=0.3, of="parameters", least=4).attach(again).observe(calls)
 
 
 def test_extract_counts_and_keeps_the_share():

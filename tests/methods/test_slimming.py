@@ -9,7 +9,7 @@ from effuse.compress.prune.laptop_diff import Magnitude
 from effuse.evaluate import cost
 from effuse.proofs import Scale
 from effuse.proofs._slimming import CACHES, Bench, Cheaper, Way, fewer, layers, transformed
-from effuse.proofs.slimming import _calls, _parameters, final, table
+from effuse.proofs.slimming import FINAL, _calls, _parameters, final, table
 from effuse.solvers import DDIM
 
 
@@ -91,27 +91,39 @@ def test_claims_have_the_right_sign():
     def row(variant, of, **more):
         return {"variant": variant, "share_of": of, **more}
 
-    few = [(0.97, 70), (0.99, 70), (0.99, 80)]
-    kept = [row("a", "parameters", share=0.3, score_kept=k, parameters=n) for k, n in few]
-    rows = [row("original", "", share=0.0, parameters=100), *kept]
-    assert [c.holds for c in _parameters("n", rows)] == [False, True]
+    for kept, parameters, holds in [(0.97, 70, False), (0.99, 70, True), (0.99, 80, False)]:
+        rows = [
+            row("original", "", share=0.0, parameters=100),
+            row("a", "parameters", share=0.3, score_kept=1.0, parameters=60),
+            row(FINAL, "parameters", share=0.3, score_kept=kept, parameters=parameters),
+        ]
+        assert [c.holds for c in _parameters("n", rows)] == [holds]
     seen = {"share": 0.5, "psnr_db": 1.0, "macs": 100}
-    rows = [
-        row("fewer steps, ddim", "macs", squared_error=1.0, **seen),
-        row("fewer steps, momentum", "macs", squared_error=0.5, **seen),
-        row("near", "macs", squared_error=0.3, **seen),
-        row("less near", "macs", squared_error=0.4, **seen),
-        row("costly", "macs", squared_error=0.1, **(seen | {"macs": 110})),
-    ]
-    claims = _calls("n", rows)
-    assert [c.holds for c in claims] == [True, False, False]
-    assert {c.baseline for c in claims} == {0.5}
+    for error, holds in [(0.3, True), (0.4, False)]:
+        rows = [
+            row("fewer steps, ddim", "macs", squared_error=1.0, **seen),
+            row("fewer steps, momentum", "macs", squared_error=0.5, **seen),
+            row("near", "macs", squared_error=error, **seen),
+            row("less near", "macs", squared_error=0.45, **seen),
+            row("costly", "macs", squared_error=0.1, **(seen | {"macs": 110})),
+        ]
+        (claim,) = _calls("n", rows)
+        assert (claim.holds, claim.baseline, claim.measured) == (holds, 0.5, error)
 
 
-def test_final_needs_a_healed_row():
-    """Without a healed way at this share nothing is judged again."""
-    assert final(bench(), [], 0.3) == []
-    assert fewer(DDIM())(bench(), None, 0.3).steps == 6
+def test_the_recipe_is_judged_on_other_noise(tmp_path):
+    """Healed by steps, with fewer parameters than the original, three times as many pictures."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "methods: [{maestro: {keep: 0.8, of: parameters, least: 4}}]\n"
+        "calibration: {prompts: 2, steps: 2, calls: 1, batch: 2}\n"
+        "healing: {minutes: 9, prompts: 2, rows: 2, judged: 2}\n"
+    )
+    first, last = final(bench(), str(recipe))
+    assert last["variant"] == FINAL
+    assert last["note"].startswith("1 steps")
+    assert last["parameters"] <= 0.8 * first["parameters"]
+    assert (first["squared_error"], last["squared_error"] > 0) == (0, True)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from tests.tiny import tiny_sd
+from tests.tiny import tiny_dit_pipe, tiny_sd
 
 import effuse
 from effuse.compress import healing
@@ -72,12 +73,28 @@ def test_reads_and_writes_the_same(tmp_path):
 
 
 def test_the_shipped_recipes_are_valid_and_say_what_they_are():
-    assert {"fast", "small", "balanced"} <= set(shipped())
+    assert {"fast", "small", "balanced", "lean"} <= set(shipped())
     for name, text in shipped().items():
         assert isinstance(parse(name), Recipe)
         assert text.startswith("# ")
     with pytest.raises(RecipeError, match="did you mean 'balanced'"):
         parse("balancd")
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_dit_pipe])
+def test_lean_takes_a_third_of_the_parameters_and_heals(make):
+    """On a UNet and a transformer; as much less as it says, for as long as it says."""
+    plan = parse("lean")
+    assert plan.healing.minutes == 15
+    calibration = replace(plan.calibration, prompts=2, steps=2, calls=1, batch=2)
+    healing = replace(plan.healing, minutes=None, steps=2, prompts=2, rows=2, judged=2)
+    first, *_ = (
+        r
+        for r in slim(
+            make(), replace(plan, calibration=calibration, healing=healing), progress=False
+        ).reports()
+    )
+    assert first["kept"] <= 0.7
 
 
 def pictures(pipe, **settings):

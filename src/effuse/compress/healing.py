@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -201,7 +201,7 @@ class Stages(Features):
 
 @dataclass(frozen=True)
 class Answers(Features):
-    """Answers alone, with the task."""
+    """Answers alone."""
 
     def goal(
         self, handle: Applied, teacher: nn.Module, steps: int | None = None
@@ -224,11 +224,15 @@ def heal(
     minutes: float | None = 15.0,
     steps: int = 100_000,
     lr: float = 3e-4,
+    task: bool = False,
     seed: int = 0,
     progress: bool = True,
     folder: str | Path | None = None,
 ) -> Fit:
     """Heal the network of a slimmed pipeline in place, from its teacher's answers.
+
+    Not from the noise in the batches, which is what `task` adds: it is far from its mean, and in
+    guided samples not what the teacher would answer.
 
     Args:
         pipe: with the slimmed network in it.
@@ -239,6 +243,7 @@ def heal(
         minutes: at most; None leaves the end to `steps`, the same every time.
         steps: at most.
         lr: of AdamW without decay, with warm-up and a cosine down.
+        task: learn from targets in the batches as well.
         seed: of the batches.
         progress: show a bar.
         folder: of a checkpoint; broken off and called again, it goes on where it was.
@@ -253,6 +258,7 @@ def heal(
     if goal is None:
         raise ValueError(f"{type(handle.transform).__name__} changed nothing that could be healed")
     batches = own_samples(pipe, teacher=teacher) if batches is None else batches
+    batches = batches if task else _without_targets(batches)
     network = network_of(pipe)
     learns = [p.requires_grad for p in network.parameters()]
     network.requires_grad_(True)
@@ -275,6 +281,26 @@ def heal(
         for p, was in zip(network.parameters(), learns, strict=True):
             p.requires_grad_(was)
         round_as(network, teacher)
+
+
+@dataclass(frozen=True)
+class _Untold:
+    """Batches that can be gone through again, without their targets."""
+
+    batches: Any
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(_untold, self.batches)
+
+
+def _without_targets(batches: Any) -> Any:
+    if callable(batches):
+        return lambda rng: _untold(batches(rng))
+    return _Untold(batches)
+
+
+def _untold(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in batch.items() if k != "target"}
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from effuse.compress.cache.harmonica import Harmonica, Share, learn_cache
 from effuse.compress.cache.keys import Explicit
 from effuse.compress.cache.levels import Blocks, Layers, Level
 from effuse.compress.calibrate import calls_from_pipeline, walks
-from effuse.compress.factorize.maestro import Maestro
+from effuse.compress.factorize.maestro import Factored, Maestro
 from effuse.compress.healing import Spoiled, heal, own_samples
 from effuse.compress.prune.choose import Macs
 from effuse.compress.prune.ecodiff import EcoDiff
@@ -43,12 +43,14 @@ from effuse.core import Applied, Solver, Transform
 from effuse.evaluate import cost
 from effuse.evaluate.quality import FeatureDistance, Frechet, Psnr
 from effuse.ops.stats import paired
+from effuse.recipe.applied import network_name
 from effuse.solvers import DDIM
 from effuse.solvers.momentum import Momentum
 
 from . import Scale
 
 Row = dict[str, Any]
+COSTS = ("macs", "parameters", "network_bytes", "time_ratio")
 
 
 @dataclass
@@ -105,6 +107,7 @@ class Bench:
     first: tuple[Tensor, Tensor] | None = None
     frontier: Frontier | None = None
     samples: Spoiled | None = None
+    judged: Factored | None = None
     pipe: Any = None
 
     @torch.no_grad()
@@ -137,21 +140,15 @@ class Bench:
         """Return how well each picture fits its text, (N,)."""
         return self.judge.score(pictures, self.texts).double()
 
-    def row(self, name: str, of: str, share: float, pipe: Any, how: Cheaper) -> Row:
-        """Return all figures of one variant."""
+    def row(
+        self, name: str, of: str, share: float, pipe: Any, how: Cheaper, unhealed: Row | None = None
+    ) -> Row:
+        """Return all figures of one variant; healing leaves the costs of `unhealed`."""
         pictures = self.draw(pipe, how)
         fits = self.fit(pictures)
-        whole = Cheaper(self.solver, self.steps)
         if self.first is None:
             self.first = pictures, fits
-        found = cost.measure(
-            {"first": self.pipe, "now": pipe},
-            {
-                "first": lambda: self.draw(self.pipe, whole, slice(1)),
-                "now": lambda: self.draw(pipe, how, slice(1)),
-            },
-            rounds=self.scale.pick(1, 3, 3),
-        )["now"]
+        costs = {n: unhealed[n] for n in COSTS} if unhealed else self.costs(pipe, how)
         kept = float(fits.mean() / self.first[1].mean())
         difference, interval = paired(fits, self.first[1])
         psnr = Psnr()
@@ -170,10 +167,7 @@ class Bench:
             "score_change_high": interval[1],
             "squared_error": float((pictures - self.first[0]).square().mean()),
             "psnr_db": min(psnr.compute(), 99.0),
-            "macs": found.macs_per_image,
-            "parameters": found.network_parameters,
-            "network_bytes": cost.stored_bytes(cost.denoising_network(pipe)),
-            "time_ratio": found.ratio,
+            **costs,
             "healing_minutes": 0.0,
             "note": how.note,
         }
@@ -186,6 +180,21 @@ class Bench:
             apart.update(seen, self.features(self.first[0]))
             out["feature_distance"] = apart.compute()
         return out
+
+    def costs(self, pipe: Any, how: Cheaper) -> Row:
+        """Return `COSTS` of a variant."""
+        whole = Cheaper(self.solver, self.steps)
+        found = cost.measure(
+            {"first": self.pipe, "now": pipe},
+            {
+                "first": lambda: self.draw(self.pipe, whole, slice(1)),
+                "now": lambda: self.draw(pipe, how, slice(1)),
+            },
+            rounds=self.scale.pick(1, 3, 2),
+        )["now"]
+        stored = cost.stored_bytes(cost.denoising_network(pipe))
+        figures = found.macs_per_image, found.network_parameters, stored, found.ratio
+        return dict(zip(COSTS, figures, strict=True))
 
     def heal(self, pipe: Any, how: Cheaper, steps: int) -> float:
         """Heal in place on the original's own guided samples; return minutes of processor time.
@@ -277,9 +286,24 @@ def narrowed(bench: Bench, pipe: Any, share: float) -> Cheaper:
     return Cheaper(bench.solver, bench.steps, handle, f"widths {1 - high:.2f}")
 
 
-def factored(bench: Bench, pipe: Any, share: float) -> Transform:
-    """Thin products in the place of layers, as many parameters of the network as stay."""
-    return Maestro(keep=1 - share, of="parameters")
+def factored(of: Literal["macs", "parameters"]) -> Make:
+    """Thin products in the place of layers, judged once for all shares."""
+
+    def make(bench: Bench, pipe: Any, share: float) -> Cheaper:
+        if bench.judged is None:
+            calls = [b["call"] for b in bench.calls]
+            whole = Maestro().attach(copy.deepcopy(cost.denoising_network(pipe)))
+            whole.count(calls)
+            whole.split(calls)
+            whole.judge(calls)
+            bench.judged = whole
+        handle = copy.deepcopy(bench.judged)
+        handle.transform = Maestro(keep=1 - share, of=of)
+        handle.extract(1 - share)
+        pipe.register_modules(**{network_name(pipe): handle.model})
+        return Cheaper(bench.solver, bench.steps, handle)
+
+    return make
 
 
 def zeroed(bench: Bench, pipe: Any, share: float) -> Transform:
@@ -357,8 +381,8 @@ WAYS: tuple[Way, ...] = (
         "macs",
         transformed(lambda bench, pipe, share: DropRedundant(keep=1 - share, cost=Macs())),
     ),
-    Way("maestro", "macs", transformed(lambda bench, pipe, share: Maestro(keep=1 - share)), True),
-    Way("maestro, of parameters", "parameters", transformed(factored), heals=True),
+    Way("maestro", "macs", factored("macs"), heals=True),
+    Way("maestro, of parameters", "parameters", factored("parameters"), heals=True),
     Way("laptop_diff", "parameters", transformed(layers(OutputError())), heals=True),
     Way("ecodiff", "parameters", transformed(masked), heals=True),
     Way("slimsam", "parameters", narrowed, heals=True),

@@ -183,7 +183,9 @@ def tuned(
     def lost(s: tuple[float, float, bool]) -> float:
         return wrong(ordered(data, passes, *s, TUNING))
 
-    rates, chosen, told = [0.05, 0.1, 0.2, 0.4][:count], {}, {}
+    rates = [0.1, 0.2, 0.4][:count]
+    chosen: dict[str, Any] = {}
+    told: dict[str, Any] = {}
     chosen["dense"], told["dense"] = best(
         rates, lambda lr: float(tuning.wrong(dense(data, passes, lr, TUNING)).mean())
     )
@@ -208,7 +210,7 @@ def prove(scale: Scale) -> Evidence:
     """Train, cut to three sizes, compare; then the transformer."""
     data, tuning, judged, note = clothes(scale)
     passes, healing = scale.pick(4, 200, 1200), scale.pick(2, 60, 300)
-    chosen, told = tuned(data, tuning, passes // 2, scale.pick(1, 4, 4))
+    chosen, told = tuned(data, tuning, passes // 2, scale.pick(1, 3, 3))
     rows: list[dict[str, Any]] = []
     errors: dict[tuple[str, float], list[Tensor]] = {}
 
