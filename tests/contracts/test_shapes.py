@@ -67,7 +67,8 @@ def test_on_off_saved_and_loaded(name, shape, tmp_path):
     try:
         handle = transform.attach(network)
     except Unsuited as why:
-        if shape in ("sd", "sdxl") or len(str(why)) < 20:  # every method takes UNets
+        takes_unets = name != "autodistil-Slice"  # every other method does
+        if (shape in ("sd", "sdxl") and takes_unets) or len(str(why)) < 20:
             raise
         assert torch.equal(picture(pipe, shape), before)
         pytest.skip(str(why))

@@ -92,12 +92,16 @@ def test_claims_have_the_right_sign():
         return {"variant": variant, "share_of": of, **more}
 
     for kept, parameters, holds in [(0.97, 70, False), (0.99, 70, True), (0.99, 80, False)]:
+        ends = {"score_change_low": (kept - 1.02) * 0.5, "score_change_high": (kept - 0.96) * 0.5}
+        change = {"score": kept * 0.5, **ends}
         rows = [
             row("original", "", share=0.0, parameters=100),
             row("a", "parameters", share=0.3, score_kept=1.0, parameters=60),
-            row(FINAL, "parameters", share=0.3, score_kept=kept, parameters=parameters),
+            row(FINAL, "parameters", share=0.3, score_kept=kept, parameters=parameters, **change),
         ]
-        assert [c.holds for c in _parameters("n", rows)] == [holds]
+        (claim,) = _parameters("n", rows)
+        assert claim.holds == holds
+        assert claim.interval == pytest.approx((kept - 0.02, kept + 0.04))
     seen = {"share": 0.5, "psnr_db": 1.0, "macs": 100}
     for error, holds in [(0.3, True), (0.4, False)]:
         rows = [

@@ -33,7 +33,7 @@ SHARES = (0.1, 0.2, 0.3, 0.5)
 HEALED = (0.3,)
 STEPS = 1800
 """Of the recipe's healing: less than 15 minutes of two cores, by steps so that it repeats."""
-QUICK = ("fewer steps, ddim", "inherit, order 1", "laptop_diff")
+QUICK = ("fewer steps, ddim", "inherit all blocks, order 1", "laptop_diff")
 RECIPE = "lean"
 FINAL = f"recipe {RECIPE}, healed, on other pictures"
 
@@ -66,7 +66,7 @@ def bench_of(name: str, scale: Scale) -> Bench:
         asked,
         texts,
         list(range(2000, 2000 + count)),
-        scale.pick(3, 10, 20),
+        scale.pick(6, 10, 20),
         scale,
         told[: scale.pick(2, 24, 192)],
         judge=house.clip(),
@@ -184,7 +184,7 @@ def measured(name: str, size: str, threads: int) -> tuple[list[Row], list[Claim]
     torch.set_num_threads(threads)
     scale = Scale(size)  # type: ignore[arg-type]
     bench = bench_of(name, scale)
-    shares = scale.pick((0.3,), (0.3, 0.5), SHARES)
+    shares = scale.pick((0.5,), (0.3, 0.5), SHARES)
     ways = [w for w in WAYS if scale.size != "smoke" or w.name in QUICK]
     noted = notes_of(name, size) if scale.size == "proof" else None
     rows = table(bench, ways, shares, noted)
