@@ -1,8 +1,8 @@
 """Every way to make a network cheaper, at equal shares removed, in one table.
 
 What is removed: parameters of the network for those that prune it, a picture's multiply-accumulates
-for caches, factors and fewer steps. A table, not a race: both are measured of all. Each pipeline is
-measured by a process of its own, which notes in the user's cache what it has measured: broken off
+for caches, factors and fewer steps. A table, not a race: both are measured of all. Two processes
+share the parts of both pipelines and note in the user's cache what they have measured: broken off
 and called again with the same code, the proof goes on where it was.
 """
 
@@ -31,7 +31,8 @@ from ._slimming import CACHES, WAYS, Bench, Cheaper, Row, Way
 
 SHARES = (0.1, 0.2, 0.3, 0.5)
 HEALED = (0.3,)
-STEPS = 1800
+PARTS = ("ways", "recipe", "samplers")
+STEPS = 600
 """Of the recipe's healing: less than 15 minutes of two cores, by steps so that it repeats."""
 QUICK = ("fewer steps, ddim", "inherit all blocks, order 1", "laptop_diff")
 RECIPE = "lean"
@@ -179,18 +180,21 @@ def final(bench: Bench, recipe: str = RECIPE) -> list[Row]:
     return [*out, row]
 
 
-def measured(name: str, size: str, threads: int) -> tuple[list[Row], list[Claim]]:
-    """Return rows and claims of one house pipeline."""
+def measured(part: str, name: str, size: str, threads: int) -> tuple[list[Row], list[Claim]]:
+    """Return rows and claims of one of `PARTS` of a house pipeline."""
     torch.set_num_threads(threads)
     scale = Scale(size)  # type: ignore[arg-type]
     bench = bench_of(name, scale)
-    shares = scale.pick((0.5,), (0.3, 0.5), SHARES)
-    ways = [w for w in WAYS if scale.size != "smoke" or w.name in QUICK]
-    noted = notes_of(name, size) if scale.size == "proof" else None
-    rows = table(bench, ways, shares, noted)
-    rows += final(bench) if scale.size != "smoke" else []
-    claims = [*_parameters(bench.name, rows), *_calls(bench.name, rows)]
-    for solver, steps in ((DDIM(), 50), (Momentum(), 20)) if scale.size == "proof" else ():
+    noted = notes_of(f"{name}-{part}", size) if scale.size == "proof" else None
+    if part == "ways":
+        ways = [w for w in WAYS if scale.size != "smoke" or w.name in QUICK]
+        rows = table(bench, ways, scale.pick((0.5,), (0.3, 0.5), SHARES), noted)
+        return rows, _calls(bench.name, rows)
+    if part == "recipe":
+        rows = final(bench)
+        return rows, _parameters(bench.name, rows)
+    rows, claims = [], []
+    for solver, steps in ((DDIM(), 50), (Momentum(), 20)):
         other = replace(bench, solver=solver, steps=steps, first=None)
         other.name = f"{bench.name}, {type(solver).__name__} in {steps} steps"
         found = table(other, CACHES, (0.5,), noted)
@@ -202,16 +206,17 @@ def measured(name: str, size: str, threads: int) -> tuple[list[Row], list[Claim]
 @proof("slimming")
 def prove(scale: Scale) -> Evidence:
     """Measure all ways side by side; say which of the round's bars they reach."""
+    names, threads = ("emoji", "emoji-dit"), torch.get_num_threads()
     if scale.size == "smoke":
-        parts = [measured("emoji", scale.size, torch.get_num_threads())]
+        parts = [measured("ways", "emoji", scale.size, threads)]
     else:
-        names = ("emoji", "emoji-dit")
-        threads = max(1, torch.get_num_threads() // len(names))
+        jobs = [(p, n) for p in scale.pick((), PARTS[:2], PARTS) for n in names]
         with ProcessPoolExecutor(len(names), multiprocessing.get_context("spawn")) as pool:
-            runs = [pool.submit(measured, n, scale.size, threads) for n in names]
-            parts = [r.result() for r in runs]
-        for name in names:
-            notes_of(name, scale.size).unlink(missing_ok=True)
+            share = max(1, threads // len(names))
+            runs = {j: pool.submit(measured, *j, scale.size, share) for j in jobs}
+            parts = [runs[p, n].result() for n in names for p in PARTS if (p, n) in runs]
+        for p, n in jobs:
+            notes_of(f"{n}-{p}", scale.size).unlink(missing_ok=True)
     return Evidence(
         [c for _, claims in parts for c in claims],
         [r for rows, _ in parts for r in rows],

@@ -41,7 +41,7 @@ from .elastic import FAMILIES, Cut, Size, family_of, whole_of
     paper="Few-shot Task-agnostic Neural Architecture Search for Distilling Large Language Models",
     year=2022,
     buys="students of many sizes from one training of a transformer, chosen without retraining",
-    missing="UNets, whose streams differ by stage",
+    missing="UNets, whose streams differ by stage; PixArt, SD3 and FLUX transformers",
     example=lambda: Slice(depth=2, hidden=24, heads=1, ratio=2.0),
 )
 @dataclass(frozen=True)
