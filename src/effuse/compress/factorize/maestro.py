@@ -278,9 +278,7 @@ def _answer(out: Any) -> Tensor:
     buys="layers as thin products, cut to any size after one training",
     missing="No schedule of its own: give `fit` one. Grouped convolutions, tied weights, "
     "embeddings and layers of other classes stay. ImageNet and Multi30k are not reproduced. "
-    'Splitting by inputs and pricing ranks by answers (by="answers", the default) are ours. '
-    "Its evidence below is of ranks by the factors' norms; ranks by answers are in the table of "
-    "`effuse prove slimming`.",
+    'Splitting by inputs and pricing ranks by answers (by="answers", the default) are ours.',
     example=lambda: Maestro(keep=0.5, by="inputs", least=4),
 )
 @dataclass(frozen=True)
