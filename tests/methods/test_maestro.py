@@ -423,6 +423,24 @@ def test_extract_counts_and_keeps_the_share():
     assert told["bytes"] < told["bytes_before"]
 
 
+def test_factors_are_stored_as_their_layer_was(tmp_path):
+    """In half precision where that holds the layer's weights, else as they are."""
+    for halved in (True, False):
+        pipe = tiny_sd()
+        pipe.set_progress_bar_config(disable=True)
+        if halved:
+            pipe.unet.half().float()
+        calls = list(calls_from_pipeline(pipe, 1, steps=1, batch=1))
+        handle = Maestro(keep=0.6, of="parameters", least=8).attach(pipe.unet)
+        handle.observe(calls)
+        factors = [p for m in low_rank_layers(pipe.unet).values() for p in m.parameters()]
+        assert all(torch.equal(p, p.half().float()) for p in factors) == halved
+        store.save(pipe, tmp_path / str(halved), [("unet", handle)])
+        size = next((tmp_path / str(halved) / "unet").glob("*.safetensors")).stat().st_size
+        whole = sum(p.numel() for p in pipe.unet.parameters())
+        assert (size < 2.5 * whole) == halved
+
+
 def test_keeping_all_is_the_original():
     net = tiny_unet().eval()
     x, t = torch.randn(1, net.config.in_channels, 16, 16, generator=rng()), torch.tensor([3])

@@ -183,10 +183,16 @@ def broken_off(monkeypatch, after):
     return made
 
 
-def judged_as(monkeypatch, *scores):
-    """Let the judge say these, one after the other, whatever the pictures."""
-    said = iter(scores * 4)
-    monkeypatch.setattr(healed.Judge, "__call__", lambda *_: next(said))
+def judged_as(monkeypatch, *levels):
+    """Let the judge say these dB, one after the other, whatever the pictures."""
+    said = iter(levels * 4)
+    monkeypatch.setattr(healed.Judge, "__call__", lambda *_: verdict(None, next(said)))
+
+
+def verdict(score, db):
+    """Eight pictures, scores spread by 0.1 about their mean."""
+    spread = torch.linspace(-0.1, 0.1, 8).double()
+    return healed.Verdict(None if score is None else score + spread, db + spread)
 
 
 def test_interrupted_healing_goes_on_where_it_was(tmp_path, monkeypatch):
@@ -225,16 +231,44 @@ def test_after_an_interruption_one_can_do_without_healing(tmp_path, monkeypatch)
     np.testing.assert_array_equal(pictures(found.undo()), before)
 
 
-@pytest.mark.parametrize(("scores", "kept"), [((2.0, 1.0), "unhealed"), ((1.0, 2.0), "healed")])
-def test_healing_stays_only_where_pictures_get_no_worse(monkeypatch, scores, kept):
+@pytest.mark.parametrize(("levels", "kept"), [((2.0, 1.0), "unhealed"), ((1.0, 2.0), "healed")])
+def test_healing_stays_only_where_pictures_get_no_worse(monkeypatch, levels, kept):
     plain = {k: v for k, v in HEALED.items() if k != "healing"}
     unhealed = pictures(slim(tiny_sd(), plain).pipe)
-    judged_as(monkeypatch, *scores)
+    judged_as(monkeypatch, *levels)
     found = slim(tiny_sd(), HEALED, progress=False)
     told = found.reports()[1]
     assert (told["method"], told["kept"], told["steps"]) == ("healing of laptop_diff", kept, 6)
     assert np.array_equal(pictures(found.pipe), unhealed) == (kept == "unhealed")
-    assert (told["unhealed"], told["healed"]) == scores
+    assert (told["db_unhealed"], told["db_healed"]) == pytest.approx(levels)
+    assert told["judged_by"] == "dB to the original"
+
+
+def test_a_verdict_goes_by_scores_where_they_differ_clearly_else_by_nearness():
+    """Worse beyond doubt outweighs nearer; within doubt, nearer decides, either way."""
+    before = verdict(0.5, 20.0)
+    assert verdict(0.4, 30.0).better_than(before) == (False, "text-image score")
+    assert verdict(0.6, 10.0).better_than(before) == (True, "text-image score")
+    mixed = torch.tensor([0.2, -0.2] * 4).double()
+    for shift in (-0.01, 0.01):
+        doubtful = before.scores + mixed + shift
+        nearer, further = (healed.Verdict(doubtful, before.db + d) for d in (1, -1))
+        assert nearer.better_than(before) == (True, "dB to the original")
+        assert further.better_than(before) == (False, "dB to the original")
+    lost = float("nan")
+    assert verdict(lost, lost).better_than(before)[0] is False
+    assert verdict(None, lost).better_than(verdict(None, 20.0))[0] is False
+    assert verdict(0.5, 20.0).better_than(before)[0] is True  # nothing learned, nothing lost
+
+
+def test_a_house_pipeline_is_judged_by_texts_too():
+    pipe = effuse.load("house:emoji")
+    judge = healed.Judge(pipe, 2, 2)
+    told = judge(pipe)
+    torch.testing.assert_close(told.scores, judge.whole.scores)
+    assert (told.db == 100).all()
+    assert set(told.told("healed")) == {"score_healed", "db_healed"}
+    assert set(told.told("original")) == {"score_original"}
 
 
 def test_each_method_heals_with_its_share_of_the_steps():

@@ -1,9 +1,10 @@
 """Healing within a recipe: what it learns on, who judges it, and what is on disk meanwhile.
 
 The network learns from the original on the original's own samples; pictures are judged before and
-after, from noise that nothing else uses. Where healing makes them worse, the weights as they were
-stay. With a folder, what was put on before is kept beside the checkpoint: a run that was broken off
-goes on where it was, and without healing it gives what was there before.
+after, from noise that nothing else uses. Where healing makes them clearly worse, or takes them no
+nearer to the original's, the weights as they were stay. With a folder, what was put on before is
+kept beside the checkpoint: a run that was broken off goes on where it was, and without healing it
+gives what was there before.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from effuse.compress.healing import Spoiled, heal, own_samples
 from effuse.core.contracts import Applied
 from effuse.core.files import write_whole
-from effuse.evaluate.quality import Psnr
+from effuse.ops.stats import paired, psnr
 from effuse.report.draw import Condition, Entry, draw_some, usual, words
 from effuse.report.draw import kind_of as asked_by
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 MAKERS = ("fluent", "noto", "twemoji")  # in a caption of the house, who drew the picture
+SCORE, NEARNESS = "text-image score", "dB to the original"
 SEED = 7000  # of the judged pictures: picture i starts from the noise of SEED + i
 
 
@@ -82,14 +84,15 @@ class Healer:
             folder=folder,
         )
         after = judge(self.pipe)
-        if not after >= before:  # also where it is no number
+        better, by = after.better_than(before)
+        if not better:
             network.load_state_dict(unhealed)
         return {
-            "judged_by": judge.name,
-            "original": judge.original,
-            "unhealed": before,
-            "healed": after,
-            "kept": "healed" if after >= before else "unhealed",
+            "judged_by": by,
+            "kept": "healed" if better else "unhealed",
+            **judge.whole.told("original"),
+            **before.told("unhealed"),
+            **after.told("healed"),
             "pictures": len(judge.asked),
             "steps": done.step,
             "minutes": done.seconds / 60,
@@ -139,12 +142,33 @@ class Healer:
         return self._samples
 
 
-class Judge:
-    """A score of pictures, higher is better, against the original's from the same noise.
+@dataclass(frozen=True)
+class Verdict:
+    """How pictures fit their texts, (N,), None if nobody can tell, and their dB to the original."""
 
-    name: "text-image score" of house:clip, where it knows the pictures, else "dB to the original".
-    original: the original's own score, None where it is infinite.
-    """
+    scores: Tensor | None
+    db: Tensor
+
+    def better_than(self, other: Verdict) -> tuple[bool, str]:
+        """Return whether these pictures are to be preferred, and by what.
+
+        By the text-image score where the 95 % interval of its paired difference leaves out zero;
+        else by the mean dB to the original's pictures. Never where that is no number.
+        """
+        if self.scores is not None and other.scores is not None:
+            low, high = paired(self.scores, other.scores)[1]
+            if low > 0 or high < 0:
+                return low > 0, SCORE
+        return bool(self.db.mean() >= other.db.mean()), NEARNESS
+
+    def told(self, whose: str) -> dict[str, float]:
+        """Return means for a report, their names ending in `whose`."""
+        scores = {} if self.scores is None else {f"score_{whose}": float(self.scores.mean())}
+        return scores if whose == "original" else {**scores, f"db_{whose}": float(self.db.mean())}
+
+
+class Judge:
+    """Judges pictures beside the original's from the same noise; texts are for house pipelines."""
 
     def __init__(self, pipe: Any, pictures: int, steps: int):
         from effuse.report.comparison import of_the_house
@@ -158,24 +182,20 @@ class Judge:
             from effuse.house import store
 
             self.clip = store.image_text()
-        self.name = "dB to the original" if self.clip is None else "text-image score"
         self.first = self._draw(pipe)
-        self.original = None if self.clip is None else self._score(self.first)
+        self.whole = self._judge(self.first)
 
-    def __call__(self, pipe: Any) -> float:
-        """Return the score of a pipeline."""
-        return self._score(self._draw(pipe))
+    def __call__(self, pipe: Any) -> Verdict:
+        """Return the verdict on a pipeline."""
+        return self._judge(self._draw(pipe))
 
     def _draw(self, pipe: Any) -> Tensor:
         seeds = [SEED + i for i in range(len(self.asked))]
         return draw_some(Entry(pipe, self.steps), self.asked, seeds)
 
-    def _score(self, pictures: Tensor) -> float:
-        if self.clip is not None:
-            return float(self.clip.score(pictures, self.texts).double().mean())
-        psnr = Psnr()
-        psnr.update(pictures, self.first)
-        return min(psnr.compute(), 99.0)
+    def _judge(self, pictures: Tensor) -> Verdict:
+        scores = None if self.clip is None else self.clip.score(pictures, self.texts).double()
+        return Verdict(scores, psnr(pictures, self.first))
 
 
 def heals(item: Item) -> bool:

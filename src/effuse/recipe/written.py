@@ -97,7 +97,8 @@ class Healing:
 
     On the original's own samples, spoiled to all levels, a tenth of them without their prompt; with
     AdamW, warm-up and a cosine down. Off unless `minutes` or `steps` says otherwise; methods share
-    both equally. Pictures are judged before and after: where they get worse, nothing is learned.
+    both equally. Pictures are judged before and after: where they clearly fit their texts worse, or
+    else come no nearer to the original's, the weights from before stay.
 
     minutes: by the clock, at most; None leaves the end to `steps`, the same every time. steps: at
     most; 0 leaves the end to `minutes`. prompts: one a sample; how many (for the house, captions by

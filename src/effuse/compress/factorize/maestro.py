@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effuse.compress.calibrate import to_device
+from effuse.compress.healing import round_as
 from effuse.compress.swap import Swapped, layers_of, owners
 from effuse.compress.units import parameters
 from effuse.core.contracts import Call, Loss, Objective, Transform, Where, everywhere
@@ -290,7 +291,8 @@ class Maestro(Transform):
     `attach` splits at full rank: the same answers to rounding, for more bytes until it is cut.
     `Factored.training` orders the components; without it they are those of the SVD. `observe`
     keeps the share asked for; a layer whose factors would cost more than its product becomes dense
-    again; at `keep` = 1 all do. What a cut to rank b loses in layer i:
+    again; at `keep` = 1 all do. Factors of weights that half precision holds are rounded to it, and
+    stored so. What a cut to rank b loses in layer i:
 
         by="weights", "inputs"   -log(sum_{j <= b} e_ij / sum_j e_ij),  e_ij = (||u_j|| ||v_j||)^2
         by="answers"             E||f(x; i cut to b) - f(x)||^2 / E||f(x)||^2, f the network
@@ -556,6 +558,9 @@ class Factored(Swapped):
             if rank == 0:  # shrunk away: one component that is zero, so the bias answers
                 nn.init.zeros_(cut.up.weight)
             new = cut
+        was = self._originals.get(name)
+        if was is not None and new is not was:
+            round_as(new, was)
         self._replace(name, new)
 
     def plan(self) -> dict[str, Any]:
