@@ -167,7 +167,7 @@ def slimming_table(folder: Path) -> str:
                 "-" if row.get(key) is None else form.format(row[key] * unit)
                 for _, key, form, unit in heads
             ]
-            why = f" ({row['note']})" if row.get("score_kept") is None else ""
+            why = f" ({row['note']})" if row["note"] else ""
             out.append(f"| {row['variant']}{why} | {of} | {' | '.join(cells)} |")
         out += ["", "</details>", ""]
     return "\n".join([*out, f"Size {found['size']}. {found['notes']}"])

@@ -97,7 +97,15 @@ def test_claims_have_the_right_sign():
         rows = [
             row("original", "", share=0.0, parameters=100),
             row("a", "parameters", share=0.3, score_kept=1.0, parameters=60),
-            row(FINAL, "parameters", share=0.3, score_kept=kept, parameters=parameters, **change),
+            row(f"{FINAL} without its healing, on other pictures", "parameters"),
+            row(
+                f"{FINAL}, on other pictures",
+                "parameters",
+                share=0.3,
+                score_kept=kept,
+                parameters=parameters,
+                **change,
+            ),
         ]
         (claim,) = _parameters("n", rows)
         assert claim.holds == holds
@@ -116,18 +124,20 @@ def test_claims_have_the_right_sign():
 
 
 def test_the_recipe_is_judged_on_other_noise(tmp_path):
-    """Healed by steps, with fewer parameters than the original, three times as many pictures."""
+    """Without its healing and healed by steps, with fewer parameters, on five times as many."""
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
         "methods: [{maestro: {keep: 0.8, of: parameters, least: 4}}]\n"
         "calibration: {prompts: 2, steps: 2, calls: 1, batch: 2}\n"
         "healing: {minutes: 9, prompts: 2, rows: 2, judged: 2}\n"
     )
-    first, last = final(bench(), str(recipe))
-    assert last["variant"] == FINAL
-    assert last["note"].startswith("1 steps")
-    assert last["parameters"] <= 0.8 * first["parameters"]
+    first, before, last = final(bench(), str(recipe))
+    assert (before["note"], before["healing_minutes"]) == ("", 0.0)
+    assert last["note"].startswith("1 steps, ")
+    assert last["note"].endswith("weights by dB to the original")
+    assert last["parameters"] == before["parameters"] <= 0.8 * first["parameters"]
     assert (first["squared_error"], last["squared_error"] > 0) == (0, True)
+    assert (last["squared_error"] == before["squared_error"]) == ("unhealed" in last["note"])
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])

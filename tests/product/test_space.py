@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,12 @@ from effuse.recipe import Calibration, parse
 from effuse.recipe.space import RecipeBench, RecipeChoices, search_recipes
 
 CHOICES = RecipeChoices(
-    solvers=("ddim", "momentum"), steps=(2, 4), keep=(1.0, 0.8), every=(1, 2), order=(0,)
+    solvers=("ddim", "momentum"),
+    steps=(2, 4),
+    keep=(1.0, 0.8),
+    factor=(1.0,),
+    every=(1, 2),
+    order=(0,),
 )
 
 
@@ -35,7 +41,7 @@ HOW = {
 def test_every_point_is_a_recipe_that_can_be_read():
     space = RecipeChoices().space()
     genes = space.points()
-    assert len(genes) == 3 * 8 * 6 * 2 * (1 + 2 * 2)
+    assert len(genes) == 3 * 8 * 6 * 4 * 2 * (1 + 2 * 2)
     for g in genes[:: len(genes) // 40]:
         recipe = RecipeChoices().recipe(space.decode(g))
         assert parse(recipe.to_dict()) == recipe
@@ -50,17 +56,34 @@ def test_the_pipeline_is_as_it_was():
     start = bench.metrics_at_start
     assert start["psnr"] == 99
     assert start["latency"] > 0
-    config = {"solver": "momentum", "steps": 2, "keep": 0.8, "int8": True, "every": 1, "order": 0}
+    off = {"factor": 1.0, "int8": False, "every": 1, "order": 0}
+    config = {**off, "solver": "momentum", "steps": 2, "keep": 0.8, "int8": True}
     first = bench(config)
     assert first["bytes"] < 0.8 * start["bytes"]
     assert first["macs"] < 0.6 * start["macs"]  # half the calls; the decoder stays
     assert first["calls"] == 2
-    same = {"solver": "ddim", "steps": 4, "keep": 1.0, "int8": False, "every": 1, "order": 0}
+    same = {**off, "solver": "ddim", "steps": 4, "keep": 1.0}
     assert bench(same)["psnr"] > 60  # to rounding: the scheduler's coefficients are its own
     again = bench(config)  # by the plan that was kept
     for name in ("psnr", "macs", "bytes"):
         assert again[name] == first[name]
     assert pipe.scheduler is scheduler
+    after = pipe.transformer.state_dict()
+    assert after.keys() == state.keys()
+    assert all(torch.equal(after[k], v) for k, v in state.items())
+
+
+def test_what_calibration_gave_is_kept_with_its_weights(monkeypatch):
+    """Factors are not in a plan: measured again without calibration, the pictures are the same."""
+    pipe = pipeline()
+    state = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
+    bench = RecipeBench(pipe, rounds=0, choices=CHOICES, **HOW)
+    config = {"solver": "ddim", "steps": 4, "keep": 0.8, "factor": 0.7, "int8": True, "every": 2}
+    first = [bench({**config, "order": 0, "keep": k}) for k in (0.8, 1.0)]
+    assert first[0]["macs"] < first[1]["macs"] < bench.metrics_at_start["macs"]
+    assert list(Path(bench.drawer.name).iterdir())
+    monkeypatch.setattr(bench, "_calls", lambda _: pytest.fail("calibrated again"))
+    assert [bench({**config, "order": 0, "keep": k}) for k in (0.8, 1.0)] == first
     after = pipe.transformer.state_dict()
     assert after.keys() == state.keys()
     assert all(torch.equal(after[k], v) for k, v in state.items())

@@ -49,7 +49,9 @@ def prove(scale: Scale) -> Evidence:
     prompts: list[Any] = [p.text for p in house.prompts()]
     count, steps = scale.pick(2, 8, 16), scale.pick(6, 20, 20)
     choices = (
-        RecipeChoices(solvers=("ddim", "momentum"), steps=(1, 2), keep=(1.0,), every=(1,))
+        RecipeChoices(
+            solvers=("ddim", "momentum"), steps=(1, 2), keep=(1.0,), factor=(1.0,), every=(1,)
+        )
         if scale.size == "smoke"
         else RecipeChoices()
     )
@@ -119,7 +121,7 @@ def _again(
     bench: RecipeBench, front: list[Trial], choices: RecipeChoices, start: Mapping[str, float]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return rows of a front, and of plain solvers, on other pictures."""
-    off = {"keep": 1.0, "int8": False, "every": 1, "order": choices.order[0]}
+    off = {"keep": 1.0, "factor": 1.0, "int8": False, "every": 1, "order": choices.order[0]}
     whole = bench.metrics_at_start
     found = [
         {"recipe": "front", **t.config, "searched_psnr": t.metrics["psnr"], **bench(dict(t.config))}

@@ -9,8 +9,11 @@ A folder that holds the same search's trials is gone on with; nothing is measure
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,7 @@ from torch import Tensor
 
 from effuse.compress.search import Budget, Found, Journal, SearchSpace, Tactic, Trial, search
 from effuse.compress.search.base import Config, Goal, Workers
+from effuse.core.contracts import Applied, Transform
 from effuse.core.files import claimed, write_whole
 from effuse.core.machine import machine, versions
 from effuse.evaluate import cost
@@ -38,13 +42,16 @@ class RecipeChoices:
     """What a searched recipe may hold; each is one choice of the space.
 
     solvers: names of methods. steps: of sampling. keep: share of the network's parameters that
-    stays. int8: 8-bit weights or not. every: features are computed in full at every so-manieth
-    step and inherited between. order: 0 inherits the last feature, 1 the line through two.
+    stays when whole layers go (laptop_diff). factor: share of its layers' multiply-accumulates
+    that stays when they become thin products (maestro). int8: 8-bit weights or not. every: features
+    are computed in full at every so-manieth step and inherited between. order: 0 inherits the last
+    feature, 1 the line through two.
     """
 
     solvers: tuple[str, ...] = ("ddim", "momentum", "dpmpp")
     steps: tuple[int, ...] = (4, 5, 6, 8, 10, 12, 15, 20)
     keep: tuple[float, ...] = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
+    factor: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7)
     int8: tuple[bool, ...] = (False, True)
     every: tuple[int, ...] = (1, 2, 3)
     order: tuple[int, ...] = (0, 1)
@@ -56,6 +63,7 @@ class RecipeChoices:
                 "solver": self.solvers,
                 "steps": self.steps,
                 "keep": self.keep,
+                "factor": self.factor,
                 "int8": self.int8,
                 "every": self.every,
                 "order": self.order,
@@ -68,6 +76,8 @@ class RecipeChoices:
         methods: list[dict[str, Any]] = []
         if config["keep"] < 1:
             methods.append({"laptop_diff": {"keep": config["keep"]}})
+        if config["factor"] < 1:
+            methods.append({"maestro": {"keep": config["factor"]}})
         if config["int8"]:
             methods.append({"int8": {}})
         if config["every"] > 1:
@@ -160,6 +170,7 @@ class RecipeBench:
             texts = [words(self.pipe, c) for c in self.asked]
             self.judge = lambda x: clip.score(x, texts)
         self.plans: dict[str, dict[str, Any]] = {}
+        self.drawer = tempfile.TemporaryDirectory(prefix="effuse-")  # of weights that plans need
         self.batches: list[dict[str, Any]] = []
         self.original = type(self.pipe)(**_parts(self.pipe))
         self.original.register_modules(**{self.name: _copy(self.network)})
@@ -219,6 +230,7 @@ class RecipeBench:
         from effuse.bridge.scheduler import scheduler
 
         handles: list[Any] = []
+        put_on = ""
         try:
             for item in recipe.items:
                 transform = transform_of(item)
@@ -227,16 +239,8 @@ class RecipeBench:
                     made = scheduler(item.solver, self.first_scheduler, grid=item.grid)
                     self.pipe.register_modules(scheduler=made)
                     continue
-                key = repr(transform)
-                if key in self.plans and not handles:
-                    handles.append(transform.restore(self.network, self.plans[key]))
-                    continue
-                handle = transform.attach(self.network)
-                handles.append(handle)
-                if transform.calibrated:
-                    handle.observe(self._calls(transform.targeted))
-                    if len(handles) == 1:
-                        self.plans[key] = json.loads(json.dumps(handle.plan()))
+                put_on = f"{put_on} {transform!r}"
+                handles.append(self._attach(transform, put_on))
             for handle in handles:
                 handle.reset()
             yield
@@ -244,6 +248,41 @@ class RecipeBench:
             for handle in reversed(handles):
                 handle.detach()
             self.pipe.register_modules(scheduler=self.first_scheduler)
+
+    def _attach(self, transform: Transform, key: str) -> Applied:
+        """Attach, and learn from calibration the first time; after that, by plan and weights.
+
+        Not where weights of the network were changed in place, or would fill the disk.
+
+        key: says what is on the network with it.
+        """
+        from safetensors.torch import load_file, save_file
+
+        file = Path(self.drawer.name) / hashlib.sha256(key.encode()).hexdigest()
+        if key in self.plans:
+            handle = transform.restore(self.network, self.plans[key])
+            if file.is_file():
+                self.network.load_state_dict(load_file(file), strict=False)
+            return handle
+        before = {k: (v, v._version) for k, v in self.network.state_dict().items()}
+        handle = transform.attach(self.network)
+        if not transform.calibrated:
+            return handle
+        try:
+            handle.observe(self._calls(transform.targeted))
+            after = self.network.state_dict()
+            same = [k for k, v in after.items() if k in before and v.is_set_to(before[k][0])]
+            new = {k: v.clone().contiguous() for k, v in after.items() if k not in set(same)}
+            size = sum(v.nbytes for v in new.values())
+            fits = 4 * size < shutil.disk_usage(self.drawer.name).free
+            if fits and all(after[k]._version == before[k][1] for k in same):
+                if new:
+                    save_file(new, file)
+                self.plans[key] = json.loads(json.dumps(handle.plan()))
+        except BaseException:
+            handle.detach()
+            raise
+        return handle
 
     def _calls(self, targeted: bool) -> list[Any]:
         if not self.batches:
