@@ -13,7 +13,7 @@ import json
 import math
 import pkgutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -76,6 +76,13 @@ class Evidence:
     date: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     machine: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, *parts: Iterable[Claim | Mapping[str, Any]], notes: str = "") -> Evidence:
+        """Return the evidence of parts that yield claims and rows, in any order."""
+        found = [f for part in parts for f in part]
+        claims = [f for f in found if isinstance(f, Claim)]
+        return cls(claims, [f for f in found if not isinstance(f, Claim)], notes)
 
     @property
     def holds(self) -> bool:

@@ -60,15 +60,9 @@ class Study:
 def prove(scale: Scale) -> Evidence:
     """Check incubation, experts and supervision at equal steps, and attention by regions."""
     study = _random() if scale.size == "smoke" else _house(scale)
-    rows: list[Row] = []
-    claims: list[Claim] = []
-    for part in (_layers(scale), _arms(study, scale), _regions(study, scale)):
-        for found in part:
-            if isinstance(found, Claim):
-                claims.append(found)
-            else:
-                rows.append(found)
-    return Evidence(claims, rows, study.note)
+    return Evidence.of(
+        _layers(scale), _arms(study, scale), _regions(study, scale), notes=study.note
+    )
 
 
 # ---- attention by regions: one layer

@@ -78,21 +78,14 @@ class Study:
 def prove(scale: Scale) -> Evidence:
     """Check additivity, selection, the gap to the optimum, healing, and fewer steps."""
     study = _tiny() if scale.size == "smoke" else _house(scale)
-    claims: list[Claim] = []
-    rows: list[dict[str, Any]] = []
     scores: Scores = {}
-    for part in (
+    return Evidence.of(
         _additivity(study, scale, scores),
         _selection(study, scale, scores),
         _optimum(study, scale),
         _healing(study, scale, scores),
-    ):
-        for found in part:
-            if isinstance(found, Claim):
-                claims.append(found)
-            else:
-                rows.append(found)
-    return Evidence(claims, rows, study.note)
+        notes=study.note,
+    )
 
 
 Found = Iterator[Claim | dict[str, Any]]

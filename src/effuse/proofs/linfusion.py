@@ -62,15 +62,7 @@ class Study:
 def prove(scale: Scale) -> Evidence:
     """Check cost against tokens, the ablations at both canvases, and pictures before and after."""
     study = _random() if scale.size == "smoke" else _house(scale)
-    rows: list[Row] = []
-    claims: list[Claim] = []
-    for part in (_tokens(scale), _arms(study, scale)):
-        for found in part:
-            if isinstance(found, Claim):
-                claims.append(found)
-            else:
-                rows.append(found)
-    return Evidence(claims, rows, study.note)
+    return Evidence.of(_tokens(scale), _arms(study, scale), notes=study.note)
 
 
 # ---- cost against tokens
