@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effuse.compress.swap import Changes
 from effuse.compress.units import Finders, Nothing, Pass, Removal, macs, parameters
 from effuse.core.contracts import Call, Where, everywhere
 
@@ -142,26 +143,18 @@ class Narrowing:
 
     def __init__(self, model: nn.Module, kept: Mapping[str, Sequence[int]]):
         self.model, self.kept = model, {n: list(i) for n, i in kept.items()}
-        self._removal = Removal(model)
-        self._tensors: list[tuple[dict[str, Any], str, Any]] = []
-        self._numbers: list[tuple[Any, str, Any]] = []
+        self._removal, self._changes = Removal(model), Changes()
         self.freed = 0
 
     def undo(self) -> None:
         """Put everything back as it was, bit for bit."""
         self._removal.undo()
-        while self._tensors:
-            owner, name, value = self._tensors.pop()
-            owner[name] = value
-        while self._numbers:
-            module, name, number = self._numbers.pop()
-            setattr(module, name, number)
+        self._changes.undo()
 
     def forget(self) -> None:
         """Give up the way back, and with it the memory of what was cut off."""
         self._removal.forget()
-        self._tensors.clear()
-        self._numbers.clear()
+        self._changes.forget()
 
     def _cut(self, module: nn.Module, name: str, keep: Mapping[int, Tensor]) -> None:
         """Keep entries of one tensor, a mask for each axis that is cut."""
@@ -172,12 +165,17 @@ class Narrowing:
             new = new.index_select(dim, mask.nonzero().flatten().to(new.device))
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
-        self._tensors.append((owner, name, old))
-        owner[name] = new
+        self._changes.put(owner, name, new)
 
-    def _set(self, module: Any, name: str, value: Any) -> None:
-        self._numbers.append((module, name, getattr(module, name)))
-        setattr(module, name, value)
+    def _write(self, module: nn.Module, book: Book, gone: int) -> None:
+        """Keep a number right."""
+        new = vars(module)[book.attribute]
+        if book.index is None:
+            new -= gone * book.each
+        else:
+            new = list(new)
+            new[book.index] -= gone * book.each
+        self._changes.put(vars(module), book.attribute, new)
 
 
 # ---- finding
@@ -251,40 +249,17 @@ def narrow(model: nn.Module, kept: Mapping[str, Iterable[int]]) -> Narrowing:
                 [i not in set(members) for i in range(group.size)]
             ] = False
         for book in group.books:
-            _write(narrowing, model.get_submodule(book.module), book, group.size - len(members))
+            narrowing._write(model.get_submodule(book.module), book, group.size - len(members))
     for (module, param), axes in cuts.items():
         narrowing._cut(model.get_submodule(module), param, axes)
     for module in dict.fromkeys(module for module, _ in cuts):
-        _sizes(narrowing, model.get_submodule(module))
+        narrowing._changes.resize(model.get_submodule(module))
     for name, members in stay.items():
         empty = known[name].empty
         if not members and empty is not None:
             empty(narrowing._removal)
     narrowing.freed = before - parameters(model)
     return narrowing
-
-
-def _write(narrowing: Narrowing, module: Any, book: Book, gone: int) -> None:
-    old = getattr(module, book.attribute)
-    if book.index is None:
-        narrowing._set(module, book.attribute, old - gone * book.each)
-        return
-    new = list(old)
-    new[book.index] -= gone * book.each
-    narrowing._set(module, book.attribute, new)
-
-
-def _sizes(narrowing: Narrowing, module: Any) -> None:
-    """Let a layer say the sizes it has."""
-    names: dict[Any, tuple[str, ...]] = {
-        nn.Linear: ("out_features", "in_features"),
-        nn.Conv2d: ("out_channels", "in_channels"),
-        nn.GroupNorm: ("num_channels",),
-    }
-    for kind, attributes in names.items():
-        if isinstance(module, kind):
-            for attribute, size in zip(attributes, module.weight.shape, strict=False):
-                narrowing._set(module, attribute, size)
 
 
 @contextlib.contextmanager

@@ -35,6 +35,48 @@ def bytes_of(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in state.values())
 
 
+class Changes:
+    """Entries that were set in dictionaries of modules (parameters, children, numbers), in order.
+
+    A module's own dictionaries are written, not its attributes, so that order and names stay.
+    """
+
+    def __init__(self) -> None:
+        self._old: list[tuple[dict[str, Any], str, Any]] = []
+
+    def put(self, owner: dict[str, Any], key: str, value: Any) -> None:
+        """Set owner[key] and remember what was there."""
+        self._old.append((owner, key, owner[key]))
+        owner[key] = value
+
+    def resize(self, layer: nn.Module) -> None:
+        """Let a layer of torch say the sizes its weight has, after that was cut."""
+        for kind, names in _SIZES.items():
+            if isinstance(layer, kind):
+                for name, size in zip(names, layer.weight.shape, strict=False):
+                    if name:
+                        self.put(vars(layer), name, size)
+
+    def undo(self) -> None:
+        """Put everything back as it was, last first."""
+        while self._old:
+            owner, key, value = self._old.pop()
+            owner[key] = value
+
+    def forget(self) -> None:
+        """Give up the way back, and with it the memory of what was taken away."""
+        self._old.clear()
+
+
+_SIZES: dict[Any, tuple[str, ...]] = {
+    nn.Linear: ("out_features", "in_features"),
+    nn.Conv2d: ("out_channels", "in_channels"),
+    nn.GroupNorm: ("num_channels",),
+    nn.Embedding: ("", "embedding_dim"),
+}
+"""By the type of a layer, the names of its sizes, in the order of its weight's axes."""
+
+
 class Swapped(Applied):
     """New layers in the place of the original ones, which are kept until `finalize`.
 

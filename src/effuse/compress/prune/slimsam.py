@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from effuse.compress.swap import Changes
 from effuse.compress.units import Removal, parameters
 from effuse.core.contracts import Applied, Call, Loss, Objective, Transform, Where, everywhere
 from effuse.core.errors import check_fraction, check_whole
@@ -29,7 +30,7 @@ from .importance import (
     Taylor,
     choose,
 )
-from .vit_groups import Narrowing, Width, narrow, split, widths
+from .vit_groups import Width, narrow, split, widths
 
 __all__ = [
     "AlignedDistillation",
@@ -320,7 +321,7 @@ class Slimmed(Applied):
         self.kept: dict[str, dict[str, Tensor]] = {}
         self.before: dict[str, int] = {}
         self.finalized = False
-        self._way_back: list[Narrowing | Removal] = []
+        self._way_back: list[Changes | Removal] = []
         self._previous: nn.Module | None = None
         self._unhealed: list[tuple[Tensor, Tensor]] = []
 

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from effuse.compress.swap import Changes
 from effuse.compress.units import Finders, Removal
 from effuse.core.contracts import Where, everywhere
 
@@ -159,35 +160,12 @@ class SlicedPatchEmbed(nn.Module):
         return out
 
 
-class Narrowing:
-    """Narrowed tensors in one model, and the way back."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self._old: list[tuple[dict[str, Any], str, Any]] = []
-
-    def put(self, owner: dict[str, Any], key: str, value: Any) -> None:
-        """Set owner[key] and remember what was there."""
-        self._old.append((owner, key, owner[key]))
-        owner[key] = value
-
-    def undo(self) -> None:
-        """Put everything back as it was, last first."""
-        while self._old:
-            owner, key, value = self._old.pop()
-            owner[key] = value
-
-    def forget(self) -> None:
-        """Give up the way back, and with it the memory of what was taken away."""
-        self._old.clear()
-
-
 def narrow(
     model: nn.Module,
     found: Iterable[Width],
     keep: Mapping[str, Tensor],
     tables: bool = False,
-) -> Narrowing:
+) -> Changes:
     """Keep the channels keep[name], sorted, of each of these widths; in place, with the way back.
 
     The rest of the model is as if the channels were zero, but that a norm of the stream is taken
@@ -206,16 +184,23 @@ def narrow(
             )
         if w.twin and counts.get(w.twin) != counts[w.name]:
             raise ValueError(f"{w.name}: {counts[w.name]} channels, {w.twin} must keep as many")
-    out = Narrowing(model)
+    out = Changes()
     done: dict[tuple[int, int], Any] = {}
     for w in found:
-        _narrow(out, w, keep[w.name].sort().values, done, tables)
+        _narrow(model, out, w, keep[w.name].sort().values, done, tables)
     return out
 
 
-def _narrow(out: Narrowing, w: Width, keep: Tensor, done: dict[Any, Any], tables: bool) -> None:
+def _narrow(
+    model: nn.Module,
+    out: Changes,
+    w: Width,
+    keep: Tensor,
+    done: dict[tuple[int, int], Any],
+    tables: bool,
+) -> None:
     for slot in w.slots:
-        module: Any = out.model.get_submodule(slot.path)
+        module: Any = model.get_submodule(slot.path)
         owner = module._parameters if slot.name in module._parameters else module._buffers
         old = owner[slot.name]
         key = (id(old), slot.dim)  # tied parameters stay tied
@@ -230,33 +215,20 @@ def _narrow(out: Narrowing, w: Width, keep: Tensor, done: dict[Any, Any], tables
             is_parameter = isinstance(old, nn.Parameter)
             done[key] = nn.Parameter(part, old.requires_grad) if is_parameter else part
         out.put(owner, slot.name, done[key])
-        _resize(out, module)
+        out.resize(module)
     for n in w.numbers:
-        out.put(vars(out.model.get_submodule(n.path)), n.name, n.of(len(keep)))
+        out.put(vars(model.get_submodule(n.path)), n.name, n.of(len(keep)))
     if w.positions:
         parent, _, child = w.positions.rpartition(".")
-        whole = out.model.get_submodule(w.positions)
+        whole = model.get_submodule(w.positions)
         sliced = SlicedPatchEmbed(whole, keep.tolist(), w.size)
-        out.put(out.model.get_submodule(parent)._modules, child, sliced)
+        out.put(model.get_submodule(parent)._modules, child, sliced)
     if w.widen:
         parent, _, child = w.blocks.rpartition(".")
-        blocks: Any = out.model.get_submodule(w.blocks)
+        blocks: Any = model.get_submodule(w.blocks)
         like = next(blocks.parameters())
         more = nn.ModuleList([*blocks, Expand(w.size, keep, like)]).train(blocks.training)
-        out.put(out.model.get_submodule(parent)._modules, child, more)
-
-
-def _resize(out: Narrowing, module: Any) -> None:
-    """Set the numbers that linear layers, convolutions and norms print and check."""
-    weight = module._parameters.get("weight")
-    if isinstance(module, nn.Linear):
-        out.put(vars(module), "out_features", weight.shape[0])
-        out.put(vars(module), "in_features", weight.shape[1])
-    elif isinstance(module, nn.Conv2d):
-        out.put(vars(module), "out_channels", weight.shape[0])
-        out.put(vars(module), "in_channels", weight.shape[1])
-    elif isinstance(module, nn.Embedding):
-        out.put(vars(module), "embedding_dim", weight.shape[1])
+        out.put(model.get_submodule(parent)._modules, child, more)
 
 
 # ---- SAM's attention with q, k and v apart
