@@ -28,7 +28,7 @@ def facts(card: Card) -> dict[str, Any]:
         "year": card.year,
         "buys": card.buys,
         "missing": card.missing,
-        "evidence": evidence_of(card.name),
+        "evidence": evidence_of(card),
     }
 
 
@@ -38,11 +38,15 @@ def evidence(name: str, folder: Path = Path("evidence")) -> dict[str, Any] | Non
     return json.loads(file.read_text()) if file.is_file() else None
 
 
-def evidence_of(name: str, folder: Path = Path("evidence")) -> str:
-    """Return a method's evidence in a few words: how many claims hold, at which size."""
-    found = evidence(name, folder)
-    if found is None:
-        return ""
+def evidence_of(card: Card, folder: Path = Path("evidence")) -> str:
+    """Return a method's evidence in a few words: how many claims hold, or where it is measured."""
+    found = evidence(card.name, folder)
+    if found is not None:
+        return _held(found)
+    return f"measured in `{card.measured_in}`" if evidence(card.measured_in, folder) else ""
+
+
+def _held(found: dict[str, Any]) -> str:
     claims = found.get("claims") or [found]
     held = sum(bool(c["holds"]) for c in claims)
     return f"{held} of {len(claims)} claims hold ({found['size']})"
@@ -79,6 +83,8 @@ def methods_page(folder: Path) -> str:
             where = ", ".join(f"{k} {v}" for k, v in machine.items())
             out += ["", f"Evidence, size {found['size']}, {found['seconds']:.0f} s ({where}):", ""]
             out += _claims(found)
+        elif card.measured_in:
+            out.append(f"- measured beside others: `effuse prove {card.measured_in}`")
         out.append("")
     known = {card.name for card in methods().values()}
     others = [n for n in sorted(f.stem for f in folder.glob("*.json")) if n not in known]
@@ -87,7 +93,7 @@ def methods_page(folder: Path) -> str:
     for name in others:
         found = evidence(name, folder)
         assert found is not None
-        out += [f"### {name}", "", f"- evidence: {evidence_of(name, folder)}", "", *_claims(found)]
+        out += [f"### {name}", "", f"- evidence: {_held(found)}", "", *_claims(found)]
         out.append("")
     return "\n".join(out)
 
@@ -112,7 +118,7 @@ def readme_table(folder: Path) -> str:
             continue
         out.append(
             f"| `{card.name}` | {card.family} | {card.year or ''} | {card.paper} | {card.buys} | "
-            f"{evidence_of(card.name, folder)} |"
+            f"{evidence_of(card, folder)} |"
         )
     return "\n".join(out)
 

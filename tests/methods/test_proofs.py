@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from effuse.core.method import methods
 from effuse.proofs import Claim, Evidence, Scale, names, prove, write
 
 
@@ -35,6 +36,8 @@ def test_committed_evidence_is_of_small_or_proof_size(request):
 def test_unknown():
     with pytest.raises(ValueError, match="no proof of 'nothing'"):
         prove("nothing", "smoke", None)
+    with pytest.raises(ValueError, match="measured beside others, run `effuse prove slimming`"):
+        prove("deep_cache", "smoke", None)
     with pytest.raises(ValueError, match="size='big'"):
         Scale("big")
 
@@ -50,3 +53,13 @@ def test_a_claim_that_does_not_hold_is_written_down(tmp_path):
 
 def test_pick():
     assert [Scale(s).pick(1, 2, 3) for s in ("smoke", "small", "proof")] == [1, 2, 3]
+
+
+def test_methods_without_a_proof_name_one_that_measures_them():
+    cards, known = methods(), names()
+    for card in cards.values():
+        if card.measured_in:
+            assert card.name not in known, card.name
+            assert card.measured_in in known, card.name
+        elif card.buys or card.seed is not None:
+            assert card.name in known, card.name

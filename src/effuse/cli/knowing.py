@@ -27,7 +27,7 @@ def methods(
             return
         table = Table("method", "family", "what it is", "evidence", box=None, header_style="bold")
         for card in known.values():
-            table.add_row(card.name, card.family, card.summary, evidence_of(card.name))
+            table.add_row(card.name, card.family, card.summary, evidence_of(card))
         console.print(table)
         return
     if name not in known:

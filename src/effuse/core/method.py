@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -18,7 +18,8 @@ class Card:
     """What a reader, the CLI and the contract tests need to know of one method.
 
     `classes` are the public classes of the method, the first is the one a recipe names by the
-    method's name. `missing` says plainly what of the paper is not here, and why.
+    method's name. `missing` says plainly what of the paper is not here, and why. `measured_in` is
+    the proof that measures a method without one of its own.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Card:
     year: int | None = None
     buys: str = ""
     missing: str = ""
+    measured_in: str = ""
     examples: tuple[Callable[[], Any], ...] = ()
 
     @property
@@ -46,6 +48,7 @@ def method(
     year: int | None = None,
     buys: str = "",
     missing: str = "",
+    measured_in: str = "",
     example: Callable[[], Any] | None = None,
 ) -> Callable[[type[T]], type[T]]:
     """Record a card for the decorated class; a second class under one name joins its card.
@@ -57,6 +60,7 @@ def method(
         year: of the paper's first publication.
         buys: what a user gets from it, in a few words.
         missing: what of the paper is not here, and why.
+        measured_in: the proof that measures it beside others, if it has none of its own.
         example: makes a tiny instance for the contract tests; default is the class itself,
             called without arguments.
     """
@@ -68,7 +72,17 @@ def method(
         if old is None:
             summary = (cls.__doc__ or "").strip().split("\n")[0]
             _CARDS[name] = Card(
-                name, family, summary, (cls,), seed, paper, year, buys, missing, (made,)
+                name,
+                family,
+                summary,
+                (cls,),
+                seed,
+                paper,
+                year,
+                buys,
+                missing,
+                measured_in,
+                (made,),
             )
         elif old.module != cls.__module__:
             raise ValueError(
@@ -76,18 +90,7 @@ def method(
                 f"in {cls.__module__}"
             )
         else:
-            _CARDS[name] = Card(
-                name,
-                old.family,
-                old.summary,
-                (*old.classes, cls),
-                old.seed,
-                old.paper,
-                old.year,
-                old.buys,
-                old.missing,
-                (*old.examples, made),
-            )
+            _CARDS[name] = replace(old, classes=(*old.classes, cls), examples=(*old.examples, made))
         return cls
 
     return register

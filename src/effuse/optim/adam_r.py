@@ -19,6 +19,7 @@ from .sharded import like, local, numel, total
 @method(
     "adam_r",
     buys="fine-tunes whose change of the weights is small, for pruning it",
+    measured_in="darex",
     example=lambda: AdamR([torch.nn.Parameter(torch.ones(2, 2))]),
 )
 class AdamR(Together):

@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar, cast
 from effuse.core.errors import check_choice
 from effuse.core.files import write_whole
 from effuse.core.machine import machine, versions
+from effuse.core.method import methods
 
 T = TypeVar("T")
 Size = Literal["smoke", "small", "proof"]
@@ -137,6 +138,12 @@ def prove(name: str, size: str = "small", out: str | Path | None = "evidence") -
     """
     scale = Scale(cast(Size, size))
     if name not in names():
+        card = methods().get(name)
+        if card is not None and card.measured_in:
+            raise ValueError(
+                f"{name!r} has no proof of its own: it is measured beside others, run "
+                f"`effuse prove {card.measured_in}`"
+            )
         raise ValueError(f"no proof of {name!r}: expected one of {', '.join(names())}")
     importlib.import_module(f"effuse.proofs.{name}")
     begun = time.perf_counter()

@@ -24,6 +24,7 @@ from .editor import Editor, Latents, Walked, climb
     paper="Diffusion Models Learn Low-Dimensional Distributions via Subspace Clustering",
     year=2024,
     buys="edits along what the network itself has most freedom in, without a prompt",
+    measured_in="subspace",
 )
 @dataclass(frozen=True)
 class Along(Editor):

@@ -20,6 +20,7 @@ from .multistep import along_noise, combine, kept, weights
     year=2022,
     buys="second order and up at one evaluation a step",
     missing="the Runge-Kutta start-up of the paper: the first steps are of lower order",
+    measured_in="schedulers",
 )
 @dataclass(frozen=True)
 class PLMS(Solver):

@@ -64,6 +64,7 @@ def _solve(h: Tensor, nodes: list[Tensor], count: int) -> list[Tensor]:
     year=2023,
     buys="a corrector at no further evaluation",
     missing="orders above three, and the variant B(h) = h",
+    measured_in="schedulers",
 )
 @dataclass(frozen=True)
 class UniPC(Solver):

@@ -25,6 +25,7 @@ __all__ = ["DeepCache"]
     year=2024,
     buys="fewer multiply-accumulates a picture without training or calibration",
     missing="the non-uniform schedule of the paper: Inherit takes FrontDense and BackDense",
+    measured_in="slimming",
     example=lambda: DeepCache(every=2, fresh=0),
 )
 @dataclass(frozen=True)

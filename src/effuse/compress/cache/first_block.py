@@ -24,6 +24,7 @@ __all__ = ["FirstBlock"]
     buys="fewer multiply-accumulates a picture, chosen by each picture while it is sampled",
     missing="The change is the largest of the batch, in the 2-norm; the public versions take means "
     "of absolute values over the whole batch.",
+    measured_in="slimming",
 )
 @dataclass(frozen=True)
 class FirstBlock(Transform):
