@@ -174,7 +174,8 @@ class RecipeBench:
             texts = [words(self.pipe, c) for c in self.asked]
             self.judge = lambda x: clip.score(x, texts)
         self.plans: dict[str, dict[str, Any]] = {}
-        self.drawer = tempfile.TemporaryDirectory(prefix="effuse-")  # of weights that plans need
+        self.weighed: set[str] = set()  # whose plans need weights, in the drawer
+        self.drawer = tempfile.TemporaryDirectory(prefix="effuse-")
         self.batches: list[dict[str, Any]] = []
         self.original = type(self.pipe)(**_parts(self.pipe))
         self.original.register_modules(**{self.name: _copy(self.network)})
@@ -263,10 +264,10 @@ class RecipeBench:
         from safetensors.torch import load_file, save_file
 
         file = Path(self.drawer.name) / hashlib.sha256(key.encode()).hexdigest()
-        if key in self.plans:
+        if key in self.plans and (file.is_file() or key not in self.weighed):
+            weights = load_file(file) if key in self.weighed else {}
             handle = transform.restore(self.network, self.plans[key])
-            if file.is_file():
-                self.network.load_state_dict(load_file(file), strict=False)
+            self.network.load_state_dict(weights, strict=False)
             return handle
         before = {k: (v, v._version) for k, v in self.network.state_dict().items()}
         handle = transform.attach(self.network)
@@ -282,6 +283,7 @@ class RecipeBench:
             if fits and all(after[k]._version == before[k][1] for k in same):
                 if new:
                     save_file(new, file)
+                    self.weighed.add(key)
                 self.plans[key] = json.loads(json.dumps(handle.plan()))
         except BaseException:
             handle.detach()
